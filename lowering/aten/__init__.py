@@ -1,0 +1,6 @@
+"""The lowering that runs anywhere: chunks of ATen calls."""
+
+from .attention import attention_backward, attention_forward
+from .ffn import ffn_backward, ffn_forward
+
+__all__ = ["attention_backward", "attention_forward", "ffn_backward", "ffn_forward"]

@@ -1,0 +1,222 @@
+"""Top-k attention in chunks of queries, and its sparse gradient.
+
+Forward, a chunk of queries at a time: scores [B, H, chunk, Lk] in float32, the score function, selection, softmax over
+the kept, and the sum of the kept values. The chunk is as long as SCORE_BUDGET allows, so that no buffer grows with
+queries x keys. Backward: four sparse products over the kept keys, with no scores of the other keys at all.
+Source: Gupta et al. 2021, arXiv:2106.06899, whose backward multiplies dense matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from topk_fx.reference import compute
+from topk_fx.score import Operand, Score, apply, apply_step, differentiate_step
+
+from .bags import Bags, as_table
+
+SCORE_BUDGET = 2**22
+"""Elements of one chunk of scores: 16 MiB in float32, which stays in the caches of a server's cores."""
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    zero_empty_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, Hq, Lq, Dv], key indices int32 and weights float32 (float64), both [B, Hq, Lq, min(k, Lk)].
+
+    A slot of a row with fewer than k keys has index -1 and weight 0. Where dropout dropped a kept key, its weight is
+    stored with a minus sign: the backward needs both its value and that it was dropped.
+    """
+    batch, heads, queries, _ = query.shape
+    key_count, kept = key.size(-2), min(k, key.size(-2))
+    program = Score.parse(score)
+    dtype = compute(query).dtype
+    output = value.new_empty(batch, heads, queries, value.size(-1))
+    indices = torch.empty(batch, heads, queries, kept, dtype=torch.int32, device=query.device)
+    weights = query.new_empty(batch, heads, queries, kept, dtype=dtype)
+    if output.numel() == 0 and weights.numel() == 0:
+        return output, indices, weights
+    keys, values = compute(key).transpose(-2, -1), as_table(value, dtype)
+    chunk_size = max(1, SCORE_BUDGET // max(1, batch * heads * key_count))
+    for start in range(0, queries, chunk_size):
+        rows = slice(start, min(start + chunk_size, queries))
+        scores = _products(compute(query[:, :, rows]), keys).mul_(scale)
+        scores = _apply_score(program, scores, operands, rows)
+        top, chunk_indices = select(scores, kept)
+        chunk_weights, chunk_indices = _softmax(top, chunk_indices, zero_empty_rows)
+        summed = chunk_weights
+        if dropout_keep is not None:
+            keep = dropout_keep[:, :, rows]
+            summed = torch.where(keep, chunk_weights / (1 - dropout_p), 0) if dropout_p < 1 else chunk_weights * keep
+            chunk_weights = torch.where(keep, chunk_weights, -chunk_weights)
+        bags = Bags.of(chunk_indices, value.size(1), key_count)
+        output[:, :, rows] = bags.weighted_sum(values, summed).view(*summed.shape[:-1], -1).to(value.dtype)
+        indices[:, :, rows], weights[:, :, rows] = chunk_indices, chunk_weights
+    return output, indices, weights
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """Q K^T [B, Hq, C, Lk] from query [B, Hq, C, D] and keys [B, Hk, D, Lk]; K is not repeated for grouped heads."""
+    batch, heads, chunk, size = query.shape
+    grouped = query.reshape(batch, keys.size(1), -1, size)
+    return torch.matmul(grouped, keys).view(batch, heads, chunk, -1)
+
+
+def _apply_score(program: Score, scores: Tensor, operands: Sequence[Tensor], rows: slice) -> Tensor:
+    def read(operand: Operand) -> Tensor:
+        x = operands[operand.index]
+        return x[:, :, rows] if x.size(-2) > 1 else x
+
+    def is_future() -> Tensor:
+        i = torch.arange(rows.start, rows.stop, device=scores.device)
+        j = torch.arange(scores.size(-1), device=scores.device)
+        return j > i.unsqueeze(-1)
+
+    return apply(program, scores, read, is_future)
+
+
+def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The `kept` largest of each row of scores [..., Lk] and their indices, in no order; ties keep the lowest index."""
+    key_count = scores.size(-1)
+    if kept >= key_count:
+        return scores, torch.arange(key_count, device=scores.device).expand(scores.shape)
+    top, indices = scores.topk(kept, dim=-1, sorted=False)
+    # topk breaks ties as it likes. They matter only in rows where equal scores stand on both sides of the cut.
+    threshold = top.amin(-1, keepdim=True)
+    is_cut = (scores >= threshold).sum(-1) > kept
+    if is_cut.any():
+        rows, limit = scores[is_cut], threshold[is_cut]
+        above, equal = rows > limit, rows == limit
+        free = kept - above.sum(-1, keepdim=True)
+        chosen = above | (equal & (equal.cumsum(-1) <= free))
+        fixed = chosen.nonzero()[:, 1].view(-1, kept)
+        indices[is_cut] = fixed
+        top[is_cut] = rows.gather(-1, fixed)
+    return top, indices
+
+
+def _softmax(top: Tensor, indices: Tensor, zero_empty_rows: bool) -> tuple[Tensor, Tensor]:
+    """Weights over the kept scores and int32 indices; masked slots get weight 0 and index -1."""
+    weights = top.softmax(-1)
+    is_masked = top == -torch.inf
+    indices = indices.to(torch.int32)
+    if not is_masked.any():
+        return weights, indices
+    is_empty = is_masked.all(-1, keepdim=True)
+    if zero_empty_rows:
+        return weights.masked_fill(is_empty, 0), indices.masked_fill(is_masked, -1)
+    # A row of NaN weights keeps the lowest keys, so that its gradient is NaN where that of the definition is.
+    lowest = torch.arange(top.size(-1), dtype=torch.int32, device=top.device)
+    return weights, torch.where(is_empty, lowest, indices.masked_fill(is_masked, -1))
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    indices: Tensor,
+    weights: Tensor,
+    dropout_p: float,
+    operand_needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of query, key, value and of the operands that need one, each in its tensor's shape and dtype."""
+    dtype = weights.dtype
+    rows, kept = weights.shape[:-1].numel(), weights.size(-1)
+    key_bags = Bags.of(indices, key.size(1), key.size(2))
+    value_bags = key_bags if key.size(1) == value.size(1) else Bags.of(indices, value.size(1), value.size(2))
+    grad_rows = grad.to(dtype).reshape(rows, -1)
+    query_rows = query.to(dtype).reshape(rows, -1)
+
+    grad_weights = value_bags.dot_products(grad_rows, as_table(value, dtype))
+    probabilities = weights.reshape(rows, kept)
+    summed = probabilities
+    if dropout_p > 0:
+        is_dropped = probabilities.signbit()
+        probabilities = probabilities.abs()
+        rescale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        summed = torch.where(is_dropped, 0, probabilities * rescale)
+        grad_weights = torch.where(is_dropped, 0, grad_weights * rescale)
+    grad_value = value_bags.scatter_rows(grad_rows, summed)
+    grad_scores = probabilities * (grad_weights - (probabilities * grad_weights).sum(-1, keepdim=True))
+    del grad_weights, summed, probabilities, grad_rows
+
+    keys = as_table(key, dtype)
+    program = Score.parse(score)
+    before = None
+    if program.needs_scores_in_backward:
+        before = key_bags.dot_products(query_rows, keys).mul_(scale)
+    grad_products, grad_operands = _differentiate_score(
+        program, grad_scores.view(weights.shape), before, operands, indices, operand_needs_grad
+    )
+    grad_products = grad_products.reshape(rows, kept) * scale
+    grad_query = key_bags.weighted_sum(keys, grad_products)
+    grad_key = key_bags.scatter_rows(query_rows, grad_products)
+    return [
+        grad_query.view(query.shape).to(query.dtype),
+        grad_key.view(key.shape).to(key.dtype),
+        grad_value.view(value.shape).to(value.dtype),
+        *(x for x, needed in zip(grad_operands, operand_needs_grad, strict=True) if needed),
+    ]
+
+
+def _differentiate_score(
+    program: Score,
+    grad: Tensor,
+    before: Tensor | None,
+    operands: Sequence[Tensor],
+    indices: Tensor,
+    operand_needs_grad: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the products, and those of the operands, from that of the kept scores [B, Hq, Lq, kept]."""
+    positions = indices.clamp(min=0).long()
+    is_kept = indices >= 0
+
+    def read(operand: Operand) -> Tensor:
+        x = operands[operand.index]
+        if x.size(-1) == 1:
+            return x
+        return x.expand(*grad.shape[:-1], x.size(-1)).gather(-1, positions)
+
+    def is_future() -> Tensor:
+        return positions > torch.arange(grad.size(-2), device=grad.device).unsqueeze(-1)
+
+    inputs: list[Tensor | None] = []  # the scores before each step
+    for step in program.steps:
+        inputs.append(before)
+        if before is not None:
+            before = apply_step(step, before.view(grad.shape), read, is_future)
+    sums = [torch.zeros(x.shape, dtype=grad.dtype, device=x.device) for x in operands]
+    for step, scores in zip(reversed(program.steps), reversed(inputs), strict=True):
+        scores = None if scores is None else scores.view(grad.shape)
+        grad, found = differentiate_step(step, scores, grad, read)
+        for index, operand_grad in found.items():
+            if operand_needs_grad[index]:
+                # A slot with no key has a gradient of 0, or of NaN where the whole row has: then it is no key's.
+                _scatter(sums[index], torch.where(is_kept, operand_grad, 0), positions)
+    return grad, [x.to(operand.dtype) for x, operand in zip(sums, operands, strict=True)]
+
+
+def _scatter(target: Tensor, grad: Tensor, positions: Tensor) -> None:
+    """Adds grad [B, Hq, Lq, kept] to target [B|1, Hq|1, Lq|1, Lk|1] at the keys in positions."""
+    strides = [stride if size > 1 else 0 for size, stride in zip(target.shape, target.stride(), strict=True)]
+    flat = positions * strides[-1]
+    for dim in range(3):
+        steps = torch.arange(grad.size(dim), device=grad.device) * strides[dim]
+        flat = flat + steps.view([-1 if d == dim else 1 for d in range(4)])
+    target.view(-1).scatter_add_(0, flat.reshape(-1), grad.reshape(-1))

@@ -1,0 +1,12 @@
+"""topk_fx: every softmax(QK^T)V and FFN of a traced PyTorch model as an exact, chunked top-k op.
+
+    torch.compile(model, backend="topk", options={"k": 64})
+    new, report = topk_fx.rewrite(program, k=64)
+"""
+
+from . import errors, lowering, ops, reference, testing, vmap  # noqa: F401  (importing them registers the ops)
+from .config import TopKConfig
+from .functional import attention, ffn
+
+__all__ = ["TopKConfig", "attention", "errors", "ffn", "reference", "testing"]
+__version__ = "0.1.0"

@@ -1,0 +1,187 @@
+"""TopKConfig: what to keep, where, and when; validated at construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import numbers
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any, Literal
+
+from .errors import ConfigError, UnknownOptionError
+
+Keep = int | float | Literal["all"]
+"""How much is kept: a count >= 1, a share in (0, 1], or "all"."""
+
+DEFAULT_K = 128
+DEFAULT_FFN_K = 0.25
+LOWERINGS = ("aten", "cpu", "triton")
+INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+SITE_SETTINGS = ("k", "ffn_k", "when", "enabled")
+
+
+def validate_keep(name: str, value: object) -> Keep:
+    """`value` as a `Keep`, or a ConfigError that names `name`."""
+    accepted = 'an int >= 1, a float in (0, 1] (a share), or "all"'
+    if isinstance(value, str) and value == "all":
+        return "all"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"{name}={value!r} is not accepted: give {accepted}")
+    if isinstance(value, numbers.Integral):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is not accepted: a count must be at least 1; give {accepted}")
+        return int(value)
+    if not 0.0 < float(value) <= 1.0:
+        raise ConfigError(f"{name}={value} is not accepted: a float is a share and lies in (0, 1]; give {accepted}")
+    return float(value)
+
+
+def as_ratio(share: float) -> tuple[int, int]:
+    """A share as numerator and denominator, read as it is written: 0.1 is 1/10."""
+    return Fraction(repr(share)).as_integer_ratio()
+
+
+def kept_count(keep: Keep, total: int) -> int:
+    """How many of `total` are asked for: the count itself, the share rounded up, or all. It may exceed `total`."""
+    if keep == "all":
+        return total
+    if isinstance(keep, float):
+        numerator, denominator = as_ratio(keep)
+        return -(-total * numerator // denominator)
+    assert isinstance(keep, int)
+    return keep
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ` Did you mean 'k'?`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteConfig:
+    """The settings that hold at one site, after the per-site settings were applied."""
+
+    k: Keep
+    ffn_k: Keep | None
+    when: Literal["pays", "always"]
+    ffn_when: Literal["pays", "always"]
+    enabled: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKConfig:
+    """What `backend="topk"` and `topk_fx.rewrite` do. Frozen and hashable.
+
+    Args:
+        k: keys kept per query: an int >= 1, a float in (0, 1] (a share of the keys, rounded up), or "all" (every key:
+            the result equals dense attention). Default 128.
+        ffn_k: hidden units kept per token, in the same form. Default: "all" if k is "all", else a quarter for
+            ReLU-family activations. FFNs of other activations are rewritten only if it is given.
+        when: "always" rewrites every site, "pays" only those where top-k is expected to take less time than dense.
+            Default: "always" for attention if k is given, and for FFNs if ffn_k is; otherwise "pays".
+        sites: settings for single sites, by glob on the module path: `{"model.layers.0.*": {"k": 256},
+            "*.cross_attn": False}`. False leaves the site dense. Of several globs that match, later ones win.
+        lowering: force one lowering ("aten", "cpu", "triton"); by default the best available is taken.
+        inner: what compiles the rewritten graph: "inductor" (default), "aot_eager" or "eager" (for debugging).
+
+    Raises:
+        ConfigError: a value is not accepted; the message says what is.
+    """
+
+    k: Keep | None = None
+    ffn_k: Keep | None = None
+    when: Literal["pays", "always"] | None = None
+    sites: Mapping[str, Mapping[str, Any] | bool] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    lowering: Literal["aten", "cpu", "triton"] | None = None
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    _attention_when: Literal["pays", "always"] = dataclasses.field(init=False, repr=False, default="pays")
+
+    def __post_init__(self) -> None:
+        given_k = self.k is not None
+        k = validate_keep("k", self.k) if given_k else DEFAULT_K
+        _choice("when", self.when, ("pays", "always"), optional=True)
+        _choice("lowering", self.lowering, LOWERINGS, optional=True)
+        _choice("inner", self.inner, INNER_COMPILERS)
+        object.__setattr__(self, "k", k)
+        if self.ffn_k is not None:
+            object.__setattr__(self, "ffn_k", validate_keep("ffn_k", self.ffn_k))
+        object.__setattr__(self, "sites", _freeze_sites(self.sites))
+        object.__setattr__(self, "_attention_when", self.when or ("always" if given_k else "pays"))
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The names that `options=` of torch.compile may hold for topk_fx."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TopKConfig:
+        """A config from keyword options; an unknown name raises with the nearest known one."""
+        for name in options:
+            if name not in cls.option_names():
+                raise UnknownOptionError(
+                    f"unknown option {name!r}; topk_fx knows {', '.join(cls.option_names())}."
+                    f"{nearest(name, cls.option_names())}"
+                )
+        return cls(**options)
+
+    def at(self, where: str) -> SiteConfig:
+        """The settings for the site in module `where`."""
+        assert self.k is not None
+        settings: dict[str, Any] = {}
+        for pattern, items in self.sites:  # type: ignore[misc]
+            if fnmatch.fnmatchcase(where, pattern):
+                settings.update(items)
+        k = settings.get("k", self.k)
+        ffn_k = settings.get("ffn_k", self.ffn_k)
+        when = settings.get("when", self.when)
+        ffn_given = ffn_k is not None or k == "all"
+        return SiteConfig(
+            k=k,
+            ffn_k="all" if ffn_k is None and k == "all" else ffn_k,
+            when=when or ("always" if "k" in settings else self._attention_when),
+            ffn_when=when or ("always" if ffn_given else "pays"),
+            enabled=settings.get("enabled", True),
+        )
+
+
+def _choice(name: str, value: object, accepted: tuple[str, ...], optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if value not in accepted:
+        hint = nearest(value, accepted) if isinstance(value, str) else ""
+        raise ConfigError(f"{name}={value!r} is not accepted: give one of {', '.join(map(repr, accepted))}.{hint}")
+
+
+def _freeze_sites(sites: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """`sites` as nested tuples, so that the config is hashable."""
+    if isinstance(sites, tuple):
+        sites = {pattern: dict(items) for pattern, items in sites}
+    if not isinstance(sites, Mapping):
+        raise ConfigError(f"sites={sites!r} is not accepted: give a dict from a glob on the module path to settings")
+    frozen = []
+    for pattern, settings in sites.items():
+        if not isinstance(pattern, str):
+            raise ConfigError(f"sites: the key {pattern!r} is not accepted: give a glob on the module path, a str")
+        if isinstance(settings, bool):
+            settings = {"enabled": settings}
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"sites[{pattern!r}]={settings!r} is not accepted: give a dict of settings, or False")
+        items: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name not in SITE_SETTINGS:
+                raise UnknownOptionError(
+                    f"sites[{pattern!r}]: unknown setting {name!r}; a site takes {', '.join(SITE_SETTINGS)}."
+                    f"{nearest(str(name), SITE_SETTINGS)}"
+                )
+            if name in ("k", "ffn_k"):
+                value = validate_keep(f"sites[{pattern!r}][{name!r}]", value)
+            elif name == "when":
+                _choice(f"sites[{pattern!r}]['when']", value, ("pays", "always"))
+            elif not isinstance(value, bool):
+                raise ConfigError(f"sites[{pattern!r}]['enabled']={value!r} is not accepted: give True or False")
+            items[name] = value
+        frozen.append((pattern, tuple(sorted(items.items()))))
+    return tuple(frozen)

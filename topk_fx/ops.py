@@ -1,0 +1,380 @@
+"""The ops: schemas, fakes, autograd, vmap and autocast rules. What computes them is registered by `topk_fx.lowering`.
+
+    topk_fx::attention          what stands in a rewritten graph: any rank, any batch; draws the dropout
+      topk_fx::attention_forward    what a lowering computes: 4-D, returns the selection too
+      topk_fx::attention_backward   its sparse gradient
+    topk_fx::ffn, ffn_forward, ffn_backward   the same for the FFN
+
+The vmap rules are in `vmap`. The outer ops are composite: autograd, AOTAutograd and torch.export's decompositions see through them to the inner
+ones, so that the graph a person reads stays one line a site, while a training graph holds the two kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compat import SingleLevelFunction, single_level_autograd
+from .errors import UnsupportedDerivativeError
+from .reference import compute
+from .score import Score, check_operands
+from .shapes import attention_frame, check_ffn_inputs
+
+library = torch.library.Library("topk_fx", "DEF")
+
+library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, Scalar scale, SymInt k, "
+    "float dropout_p=0.0, bool zero_empty_rows=False) -> Tensor"
+)
+library.define(
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, Scalar scale, SymInt k, "
+    "Tensor? dropout_keep, float dropout_p, bool zero_empty_rows) -> (Tensor output, Tensor indices, Tensor weights)"
+)
+library.define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, "
+    "Scalar scale, Tensor indices, Tensor weights, float dropout_p, bool[] operand_needs_grad) -> Tensor[]"
+)
+library.define(
+    "ffn(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
+    "Tensor? down_bias, str activation, SymInt k, float dropout_p=0.0) -> Tensor"
+)
+library.define(
+    "ffn_forward(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, "
+    "Tensor down_weight, str activation, SymInt k, Tensor? dropout_keep, float dropout_p) "
+    "-> (Tensor output, Tensor indices, Tensor up, Tensor gate)"
+)
+library.define(
+    "ffn_backward(Tensor grad, Tensor input, Tensor up_weight, Tensor? gate_weight, Tensor down_weight, Tensor indices, "
+    "Tensor up, Tensor gate, Tensor? dropout_keep, str activation, float dropout_p) "
+    "-> (Tensor input, Tensor up_weight, Tensor up_bias, Tensor gate_weight, Tensor gate_bias, Tensor down_weight)"
+)
+
+
+# --- attention: the composite op
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    dropout_p: float = 0.0,
+    zero_empty_rows: bool = False,
+) -> Tensor:
+    check_operands(Score.parse(score), operands)
+    frame = attention_frame(query, key, value, operands)
+    keep = None
+    if dropout_p > 0.0:
+        kept = torch.sym_min(k, frame.key.size(-2))
+        keep = torch.rand(*frame.query.shape[:-1], kept, device=query.device) >= dropout_p
+    with single_level_autograd():
+        output, _, _ = _Attention.apply(
+            frame.query, frame.key, frame.value, score, scale, k, keep, dropout_p, zero_empty_rows, *frame.operands
+        )
+    return output.reshape(frame.output_shape)
+
+
+class _Attention(SingleLevelFunction):
+    """attention_forward with attention_backward as its derivative. Operands come last, one argument each."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score: str,
+        scale: float,
+        k: int,
+        keep: Tensor | None,
+        dropout_p: float,
+        zero_empty_rows: bool,
+        *operands: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.topk_fx.attention_forward(  # type: ignore[no-any-return]
+            query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        query, key, value, score, scale, _, _, dropout_p, _, *operands = inputs
+        _, indices, weights = output
+        ctx.mark_non_differentiable(indices, weights)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, indices, weights, *operands)
+        ctx.score, ctx.scale, ctx.dropout_p = score, scale, dropout_p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        query, key, value, indices, weights, *operands = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (9 + len(operands))
+        needs_grad = list(ctx.needs_input_grad[9:])
+        with single_level_autograd():
+            grad_query, grad_key, grad_value, *rest = _AttentionBackward.apply(
+                grad, query, key, value, ctx.score, ctx.scale, indices, weights, ctx.dropout_p, needs_grad, *operands
+            )
+        found = iter(rest)
+        grad_operands = [next(found) if needed else None for needed in needs_grad]
+        return grad_query, grad_key, grad_value, None, None, None, None, None, None, *grad_operands
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedDerivativeError(
+            "topk_fx::attention has no forward-mode derivative (jvp); use reverse mode, or leave the site dense"
+        )
+
+
+class _AttentionBackward(SingleLevelFunction):
+    """attention_backward, with a clear error instead of a second derivative."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score: str,
+        scale: float,
+        indices: Tensor,
+        weights: Tensor,
+        dropout_p: float,
+        needs_grad: list[bool],
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.ops.topk_fx.attention_backward(
+                grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedDerivativeError(
+            "topk_fx::attention has no second derivative (double backward): its gradient holds the selection constant"
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedDerivativeError("topk_fx::attention_backward has no forward-mode derivative (jvp)")
+
+
+# --- attention: fakes
+
+
+@torch.library.register_fake("topk_fx::attention_forward", lib=library)
+def _attention_forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    zero_empty_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = query.shape[:-1]
+    kept = torch.sym_min(k, key.size(-2))
+    output = value.new_empty(*rows, value.size(-1))
+    indices = query.new_empty(*rows, kept, dtype=torch.int32)
+    weights = query.new_empty(*rows, kept, dtype=compute(query).dtype)
+    return output, indices, weights
+
+
+@torch.library.register_fake("topk_fx::attention_backward", lib=library)
+def _attention_backward_fake(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    indices: Tensor,
+    weights: Tensor,
+    dropout_p: float,
+    operand_needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    wanted = [x for x, needed in zip(operands, operand_needs_grad, strict=True) if needed]
+    return [x.new_empty(x.shape) for x in (query, key, value, *wanted)]
+
+
+# --- ffn: the composite op
+
+
+def _ffn(
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    k: int,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
+    tokens = input.reshape(-1, input.size(-1))
+    keep = None
+    if dropout_p > 0.0:
+        keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p
+    with single_level_autograd():
+        output, *_ = _FFN.apply(
+            tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p
+        )
+    if down_bias is not None:
+        output = output + down_bias
+    return output.reshape(*input.shape[:-1], output.size(-1))
+
+
+class _FFN(SingleLevelFunction):
+    """ffn_forward with ffn_backward as its derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.topk_fx.ffn_forward(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, _, keep, dropout_p = inputs
+        _, indices, up, gate = output
+        ctx.mark_non_differentiable(indices, up, gate)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, up_weight, gate_weight, down_weight, indices, up, gate, keep)
+        ctx.activation, ctx.dropout_p = activation, dropout_p
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias, gate_bias)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 10
+        with single_level_autograd():
+            input, up_weight, up_bias, gate_weight, gate_bias, down_weight = _FFNBackward.apply(
+                grad, *ctx.saved_tensors, ctx.activation, ctx.dropout_p
+            )
+        up_dtype, gate_dtype = ctx.bias_dtypes
+        up_bias = None if up_dtype is None else up_bias.to(up_dtype)
+        gate_bias = None if gate_dtype is None else gate_bias.to(gate_dtype)
+        gate_weight = gate_weight if ctx.saved_tensors[2] is not None else None
+        return input, up_weight, up_bias, gate_weight, gate_bias, down_weight, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedDerivativeError(
+            "topk_fx::ffn has no forward-mode derivative (jvp); use reverse mode, or leave the site dense"
+        )
+
+
+class _FFNBackward(SingleLevelFunction):
+    """ffn_backward, with a clear error instead of a second derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.topk_fx.ffn_backward(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedDerivativeError(
+            "topk_fx::ffn has no second derivative (double backward): its gradient holds the selection constant"
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedDerivativeError("topk_fx::ffn_backward has no forward-mode derivative (jvp)")
+
+
+# --- ffn: fakes
+
+
+@torch.library.register_fake("topk_fx::ffn_forward", lib=library)
+def _ffn_forward_fake(
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    activation: str,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = input.size(0)
+    kept = torch.sym_min(k, up_weight.size(0))
+    dtype = compute(input).dtype
+    return (
+        input.new_empty(tokens, down_weight.size(0)),
+        input.new_empty(tokens, kept, dtype=torch.int32),
+        input.new_empty(tokens, kept, dtype=dtype),
+        input.new_empty(tokens, kept if gate_weight is not None else 0, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("topk_fx::ffn_backward", lib=library)
+def _ffn_backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    up_weight: Tensor,
+    gate_weight: Tensor | None,
+    down_weight: Tensor,
+    indices: Tensor,
+    up: Tensor,
+    gate: Tensor,
+    dropout_keep: Tensor | None,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, ...]:
+    gate_shape = (0,) if gate_weight is None else gate_weight.shape
+    return (
+        input.new_empty(input.shape),
+        up_weight.new_empty(up_weight.shape),
+        up.new_empty(up_weight.size(0)),
+        up_weight.new_empty(gate_shape),
+        up.new_empty(gate_shape[0]),
+        down_weight.new_empty(down_weight.shape),
+    )
+
+
+# --- autocast: as matmul and linear do, inputs and weights in the lower precision
+
+
+def _register(name: str, composite: Callable[..., Tensor]) -> None:
+    """Registers the composite op `name` and its autocast rule for every device that has autocast."""
+    library.impl(name, composite, "CompositeImplicitAutograd")
+    op = getattr(torch.ops.topk_fx, name).default
+
+    def autocast(device_type: str, key: Any) -> Callable[..., Tensor]:
+        def lower(x: Any) -> Any:
+            is_lowered = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(torch.get_autocast_dtype(device_type)) if is_lowered else x
+
+        def kernel(*args: Any, **kwargs: Any) -> Tensor:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                # The operands of a score are in a list and so keep their precision, as an added mask does.
+                return op(*map(lower, args), **{n: lower(x) for n, x in kwargs.items()})  # type: ignore[no-any-return]
+
+        return kernel
+
+    for device_type, key_name in AUTOCAST_KEYS.items():
+        library.impl(name, autocast(device_type, getattr(torch._C.DispatchKey, key_name)), key_name)
+
+
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+_register("attention", _attention)
+_register("ffn", _ffn)

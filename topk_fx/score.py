@@ -1,0 +1,205 @@
+"""The score language: what happens between Q K^T and the softmax, as a line of text.
+
+A top-k op takes its score function as a string of steps, applied from left to right to `scale * q_i.k_j`:
+
+    "add($0)"                           an additive mask or bias, the op's operand 0
+    "div(50.0) tanh mul(50.0) add($0)"  Gemma-2: soft cap, then mask
+    "mask($0) causal"                   a boolean mask (True is kept) and the causal one
+
+Text, because it is visible in a printed graph, is part of every compile cache's key, survives `torch.export.save`, and
+reads the same to each lowering. An argument is a number or an operand, `$i`, that broadcasts against the scores
+[B, H, Lq, Lk].
+
+| step           | s becomes                             |
+|----------------|---------------------------------------|
+| `add(x)`       | s + x                                 |
+| `mul(x)`       | s * x                                 |
+| `div(x)`       | s / x                                 |
+| `tanh`         | tanh(s)                               |
+| `clamp(a, b)`  | min(max(s, a), b)                     |
+| `mask(x)`      | s where x (boolean) is True, else -inf |
+| `fill(x, c)`   | c where x (boolean) is True, else s   |
+| `causal`       | s where j <= i, else -inf             |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """The op's operand number `index`, written `$index`."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"${self.index}"
+
+
+Argument = float | Operand
+_ARITY = {"add": 1, "mul": 1, "div": 1, "tanh": 0, "clamp": 2, "mask": 1, "fill": 2, "causal": 0}
+_STEP = re.compile(r"(\w+)(?:\(([^()]*)\))?\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a score function."""
+
+    name: str
+    arguments: tuple[Argument, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.arguments:
+            return self.name
+        return f"{self.name}({', '.join(str(a) if isinstance(a, Operand) else repr(a) for a in self.arguments)})"
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        return tuple(a.index for a in self.arguments if isinstance(a, Operand))
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A score function: the steps in the order in which they are applied."""
+
+    steps: tuple[Step, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.steps))
+
+    @property
+    def needs_scores_in_backward(self) -> bool:
+        """Whether a derivative depends on the scores, and not only on the constants and operands."""
+        return any(s.name in ("tanh", "clamp") or (s.name in ("mul", "div") and s.operands) for s in self.steps)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> Score:
+        """The Score that `text` describes; ConfigError if it is not one."""
+        steps = []
+        position = 0
+        while position < len(text):
+            match = _STEP.match(text, position)
+            if match is None:
+                raise ConfigError(f"score={text!r} is not accepted: cannot read it from {text[position:]!r}")
+            name, inside = match.groups()
+            arguments = tuple(_parse_argument(a.strip(), text) for a in inside.split(",")) if inside else ()
+            if _ARITY.get(name) != len(arguments):
+                raise ConfigError(f"score={text!r} is not accepted: no step {name} with {len(arguments)} arguments")
+            steps.append(Step(name, arguments))
+            position = match.end()
+        return Score(tuple(steps))
+
+
+def _parse_argument(text: str, whole: str) -> Argument:
+    if re.fullmatch(r"\$\d+", text):
+        return Operand(int(text[1:]))
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"score={whole!r} is not accepted: {text!r} is neither a number nor an operand $i") from None
+
+
+Read = Callable[[Operand], Tensor]
+"""Reads an operand at the positions of the scores, broadcastable to them."""
+
+
+def _value(argument: Argument, read: Read, scores: Tensor) -> float | Tensor:
+    if not isinstance(argument, Operand):
+        return argument
+    value = read(argument)
+    return value if value.dtype == torch.bool else value.to(scores.dtype)
+
+
+def apply_step(step: Step, scores: Tensor, read: Read, is_future: Callable[[], Tensor]) -> Tensor:
+    """`scores` after `step`. `is_future()` gives the boolean tensor j > i at the positions of the scores."""
+    x = [_value(a, read, scores) for a in step.arguments]
+    match step.name:
+        case "add":
+            return scores + x[0]
+        case "mul":
+            return scores * x[0]
+        case "div":
+            return scores / x[0]
+        case "tanh":
+            return scores.tanh()
+        case "clamp":
+            return scores.clamp(x[0], x[1])  # type: ignore[call-overload,no-any-return]
+        case "mask":
+            return torch.where(x[0], scores, -torch.inf)  # type: ignore[call-overload,no-any-return]
+        case "fill":
+            return torch.where(x[0], x[1], scores)  # type: ignore[call-overload,no-any-return]
+        case "causal":
+            return scores.masked_fill(is_future(), -torch.inf)
+    raise AssertionError(f"no such step: {step}")
+
+
+def apply(score: Score, scores: Tensor, read: Read, is_future: Callable[[], Tensor]) -> Tensor:
+    """`scores` after all steps."""
+    for step in score.steps:
+        scores = apply_step(step, scores, read, is_future)
+    return scores
+
+
+def differentiate_step(
+    step: Step, before: Tensor | None, grad: Tensor, read: Read
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The gradient before `step`, and those of its operands, from the one after it.
+
+    Args:
+        before: the scores before the step; needed where `Score.needs_scores_in_backward`.
+        grad: the gradient of the scores after the step, at the same positions.
+    """
+    x = [_value(a, read, grad) for a in step.arguments]
+    operands = step.operands
+    match step.name:
+        case "add":
+            return grad, {index: grad for index in operands}
+        case "mul":
+            return grad * x[0], {index: grad * _given(before) for index in operands}
+        case "div":
+            return grad / x[0], {index: -grad * _given(before) / (x[0] * x[0]) for index in operands}
+        case "tanh":
+            return grad * (1 - _given(before).tanh().square()), {}
+        case "clamp":
+            inside = (_given(before) >= x[0]) & (_given(before) <= x[1])
+            return grad * inside, {}
+        case "mask" | "causal":  # what they mask is never kept
+            return grad, {}
+        case "fill":
+            filled = torch.where(x[0], grad, 0)  # type: ignore[call-overload]
+            value = step.arguments[1]
+            return grad - filled, {value.index: filled} if isinstance(value, Operand) else {}
+    raise AssertionError(f"no such step: {step}")
+
+
+def _given(scores: Tensor | None) -> Tensor:
+    assert scores is not None, "Score.needs_scores_in_backward must cover every step that reads them"
+    return scores
+
+
+def check_operands(score: Score, operands: Sequence[Tensor]) -> None:
+    """ConfigError or DTypeError unless the operands are those which the steps read."""
+    from .errors import DTypeError
+
+    named = {index for step in score.steps for index in step.operands}
+    if named != set(range(len(operands))):
+        raise ConfigError(f"score={str(score)!r} names operands {sorted(named)}, but {len(operands)} were given")
+    for step in score.steps:
+        for position, argument in enumerate(step.arguments):
+            if not isinstance(argument, Operand):
+                continue
+            is_condition = step.name == "mask" or (step.name == "fill" and position == 0)
+            dtype = operands[argument.index].dtype
+            if is_condition != (dtype == torch.bool):
+                accepted = "torch.bool" if is_condition else "a floating-point or integer dtype"
+                raise DTypeError(f"operand {argument} of {step} has dtype {dtype}; accepted: {accepted}")

@@ -1,0 +1,154 @@
+"""How the inputs of a top-k op fit together: broadcasting as matmul does, plus grouped query heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import DTypeError, ShapeError
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFrame:
+    """The inputs of an attention as kernels take them: 4-D, query and key broadcast, operands broadcastable.
+
+    query [B, Hq, Lq, D], key [B, Hk, Lk, D], value [B, Hv, Lk, Dv] with Hk and Hv dividing Hq; operands [B|1, Hq|1,
+    Lq|1, Lk|1]. All are views where the inputs' batch sizes agree: nothing is copied for grouped heads.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    operands: tuple[Tensor, ...]
+    output_shape: tuple[int, ...]
+
+
+def attention_frame(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]) -> AttentionFrame:
+    """Fits query [..., Lq, D], key [..., Lk, D], value [..., Lk, Dv] and operands together.
+
+    Raises:
+        ShapeError: ranks, head sizes, key counts, heads or batch sizes that do not fit.
+        DTypeError: inputs that are not floating-point.
+    """
+    check_attention_inputs(query, key, value)
+    rank = max(x.dim() for x in (query, key, value, *operands))
+    query, key, value, *rest = (_pad(x, max(rank, 4)) for x in (query, key, value, *operands))
+
+    heads = max(x.size(-3) for x in (query, key, value, *rest))
+    for name, x in (("key", key), ("value", value)):
+        if heads % x.size(-3):
+            raise ShapeError(
+                f"{name} has {x.size(-3)} heads and query has {query.size(-3)}: the heads of {name} must divide "
+                "those of query (grouped-query attention) or be equal"
+            )
+    batch = _broadcast("batch sizes", *(x.shape[:-3] for x in (query, key, value, *rest)))
+    (key_count,) = _broadcast("key counts", key.shape[-2:-1], *(x.shape[-1:] for x in rest))
+    query_shape = _broadcast(
+        "query heads and lengths", query.shape[-3:-1], *(x.shape[-3:-1] for x in rest), torch.Size((heads, 1))
+    )
+    query = query.expand(*batch, *query_shape, query.size(-1))
+    key = key.expand(*batch, key.size(-3), key_count, key.size(-1))
+    value = value.expand(*batch, *value.shape[-3:])
+    output_shape = (*batch, *query_shape, value.size(-1))[-rank:]
+    return AttentionFrame(
+        _join_batch(query), _join_batch(key), _join_batch(value), tuple(_join_operand(x, batch) for x in rest), output_shape
+    )
+
+
+def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """ShapeError or DTypeError unless query [..., Lq, D], key [..., Lk, D] and value [..., Lk, Dv] fit."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise DTypeError(f"{name} is a {type(x).__name__}; accepted: a torch.Tensor")
+        if not x.is_floating_point():
+            raise DTypeError(f"{name} has dtype {x.dtype}; accepted: float64, float32, bfloat16, float16")
+        if x.dim() < 2:
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; accepted: [..., length, head size], at least 2-D")
+    if query.dtype != key.dtype:
+        raise DTypeError(f"key has dtype {key.dtype} and query {query.dtype}; they must be the same")
+    if key.size(-1) != query.size(-1):
+        raise ShapeError(
+            f"key has shape {tuple(key.shape)} and query {tuple(query.shape)}: their last sizes (head size) differ"
+        )
+    if value.size(-2) != key.size(-2) and key.size(-2) != 1:
+        raise ShapeError(
+            f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths (next to last sizes) differ"
+        )
+
+
+def _broadcast(what: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*(tuple(shape) for shape in shapes)))
+    except RuntimeError as error:
+        raise ShapeError(f"the {what} of query, key, value and mask do not broadcast: {shapes}") from error
+
+
+def _pad(x: Tensor, rank: int) -> Tensor:
+    return x[(None,) * (rank - x.dim())] if x.dim() < rank else x
+
+
+def _join_batch(x: Tensor) -> Tensor:
+    """[*batch, H, L, D] as [B, H, L, D]."""
+    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+
+
+def _join_operand(x: Tensor, batch: Sequence[int]) -> Tensor:
+    if x.dim() == 4:
+        return x
+    if all(size == 1 for size in x.shape[:-3]):
+        return x.reshape(1, *x.shape[-3:])
+    return x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
+
+
+def check_ffn_inputs(
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> None:
+    """ShapeError or DTypeError unless input [..., D] and the weights, as `nn.Linear` holds them, fit."""
+    given = {
+        "input": input,
+        "up_weight": up_weight,
+        "up_bias": up_bias,
+        "gate_weight": gate_weight,
+        "gate_bias": gate_bias,
+        "down_weight": down_weight,
+        "down_bias": down_bias,
+    }
+    tensors = {name: x for name, x in given.items() if x is not None}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise DTypeError(f"{name} is a {type(x).__name__}; accepted: a torch.Tensor")
+        if not x.is_floating_point():
+            raise DTypeError(f"{name} has dtype {x.dtype}; accepted: float64, float32, bfloat16, float16")
+        if x.dtype != input.dtype:
+            raise DTypeError(f"{name} has dtype {x.dtype} and input {input.dtype}; they must be the same")
+    if input.dim() < 1:
+        raise ShapeError("input is a scalar; accepted: [..., model size]")
+    if up_weight.dim() != 2 or down_weight.dim() != 2:
+        raise ShapeError(
+            f"up_weight has shape {tuple(up_weight.shape)} and down_weight {tuple(down_weight.shape)}; accepted: "
+            "[hidden size, model size] and [output size, hidden size], as nn.Linear holds them"
+        )
+    hidden, model = up_weight.shape
+    expected = {
+        "input": (*input.shape[:-1], model),
+        "up_bias": (hidden,),
+        "gate_weight": (hidden, model),
+        "gate_bias": (hidden,),
+        "down_weight": (down_weight.size(0), hidden),
+        "down_bias": (down_weight.size(0),),
+    }
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ShapeError(
+                f"{name} has shape {tuple(tensors[name].shape)}; with up_weight {tuple(up_weight.shape)} it must be "
+                f"{tuple(shape)}"
+            )

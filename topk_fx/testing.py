@@ -1,0 +1,1 @@
+"""What snapshot tests of rewritten graphs compare."""
