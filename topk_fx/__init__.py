@@ -5,8 +5,25 @@
 """
 
 from . import errors, lowering, ops, reference, testing, vmap  # noqa: F401  (importing them registers the ops)
+from .backend import clear_reports, reports
 from .config import TopKConfig
+from .explain import explain
+from .export import rewrite
 from .functional import attention, ffn
+from .report import RewriteReport, Site
 
-__all__ = ["TopKConfig", "attention", "errors", "ffn", "reference", "testing"]
+__all__ = [
+    "RewriteReport",
+    "Site",
+    "TopKConfig",
+    "attention",
+    "clear_reports",
+    "errors",
+    "explain",
+    "ffn",
+    "reference",
+    "reports",
+    "rewrite",
+    "testing",
+]
 __version__ = "0.1.0"

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import fx
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
+
+from .config import nearest
+from .errors import ConfigError
 
 SingleLevelFunction = _SingleLevelFunction
 """The base of an autograd.Function that runs inside the dispatcher, below functorch's own levels.
@@ -14,3 +23,33 @@ when functorch has already peeled off its level, so that it must record on that 
 
 single_level_autograd = enable_single_level_autograd_function
 """Allows `SingleLevelFunction.apply` while a functorch transform is active."""
+
+
+def expand_mode(mode: str) -> dict[str, Any]:
+    """The Inductor options that a mode of torch.compile stands for; ConfigError if there is no such mode."""
+    if mode == "default":
+        return {}
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise ConfigError(
+            f"mode={mode!r} is not accepted: give one of {', '.join(map(repr, ('default', *modes)))}."
+            f"{nearest(str(mode), modes)}"
+        )
+    return dict(modes[mode])
+
+
+def compile_with(
+    inner: str, module: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any], identity: str
+) -> Callable[..., Any]:
+    """Compiles a rewritten graph: with Inductor under `options`, or with a debugging backend."""
+    if inner == "eager":
+        return module.forward
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(module, inputs)  # type: ignore[no-any-return]
+    from torch._inductor.compile_fx import compile_fx
+
+    from .cache_identity import with_identity
+
+    return compile_fx(module, inputs, config_patches=with_identity(options, identity))  # type: ignore[no-any-return]

@@ -97,19 +97,17 @@ class TopKConfig:
     sites: Mapping[str, Mapping[str, Any] | bool] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
     lowering: Literal["aten", "cpu", "triton"] | None = None
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
-    _attention_when: Literal["pays", "always"] = dataclasses.field(init=False, repr=False, default="pays")
+    _k_given: bool = dataclasses.field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
-        given_k = self.k is not None
-        k = validate_keep("k", self.k) if given_k else DEFAULT_K
+        object.__setattr__(self, "_k_given", self.k is not None)
+        object.__setattr__(self, "k", DEFAULT_K if self.k is None else validate_keep("k", self.k))
         _choice("when", self.when, ("pays", "always"), optional=True)
         _choice("lowering", self.lowering, LOWERINGS, optional=True)
         _choice("inner", self.inner, INNER_COMPILERS)
-        object.__setattr__(self, "k", k)
         if self.ffn_k is not None:
             object.__setattr__(self, "ffn_k", validate_keep("ffn_k", self.ffn_k))
         object.__setattr__(self, "sites", _freeze_sites(self.sites))
-        object.__setattr__(self, "_attention_when", self.when or ("always" if given_k else "pays"))
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -127,6 +125,13 @@ class TopKConfig:
                 )
         return cls(**options)
 
+    def replace(self, **changes: Any) -> TopKConfig:
+        """This configuration with other values for some fields, as if all had been given together."""
+        kept = {name: getattr(self, name) for name in self.option_names()}
+        if not self._k_given:
+            del kept["k"]
+        return TopKConfig.from_options({**kept, **changes})
+
     def at(self, where: str) -> SiteConfig:
         """The settings for the site in module `where`."""
         assert self.k is not None
@@ -141,7 +146,7 @@ class TopKConfig:
         return SiteConfig(
             k=k,
             ffn_k="all" if ffn_k is None and k == "all" else ffn_k,
-            when=when or ("always" if "k" in settings else self._attention_when),
+            when=when or ("always" if "k" in settings or self._k_given else "pays"),
             ffn_when=when or ("always" if ffn_given else "pays"),
             enabled=settings.get("enabled", True),
         )

@@ -4,7 +4,7 @@ A top-k op takes its score function as a string of steps, applied from left to r
 
     "add($0)"                           an additive mask or bias, the op's operand 0
     "div(50.0) tanh mul(50.0) add($0)"  Gemma-2: soft cap, then mask
-    "mask($0) causal"                   a boolean mask (True is kept) and the causal one
+    "keep($0, -inf) causal"             a boolean mask (True is kept) and the causal one
 
 Text, because it is visible in a printed graph, is part of every compile cache's key, survives `torch.export.save`, and
 reads the same to each lowering. An argument is a number or an operand, `$i`, that broadcasts against the scores
@@ -17,7 +17,7 @@ reads the same to each lowering. An argument is a number or an operand, `$i`, th
 | `div(x)`       | s / x                                 |
 | `tanh`         | tanh(s)                               |
 | `clamp(a, b)`  | min(max(s, a), b)                     |
-| `mask(x)`      | s where x (boolean) is True, else -inf |
+| `keep(x, c)`   | s where x (boolean) is True, else c   |
 | `fill(x, c)`   | c where x (boolean) is True, else s   |
 | `causal`       | s where j <= i, else -inf             |
 """
@@ -46,7 +46,7 @@ class Operand:
 
 
 Argument = float | Operand
-_ARITY = {"add": 1, "mul": 1, "div": 1, "tanh": 0, "clamp": 2, "mask": 1, "fill": 2, "causal": 0}
+_ARITY = {"add": 1, "mul": 1, "div": 1, "tanh": 0, "clamp": 2, "keep": 2, "fill": 2, "causal": 0}
 _STEP = re.compile(r"(\w+)(?:\(([^()]*)\))?\s*")
 
 
@@ -134,8 +134,8 @@ def apply_step(step: Step, scores: Tensor, read: Read, is_future: Callable[[], T
             return scores.tanh()
         case "clamp":
             return scores.clamp(x[0], x[1])  # type: ignore[call-overload,no-any-return]
-        case "mask":
-            return torch.where(x[0], scores, -torch.inf)  # type: ignore[call-overload,no-any-return]
+        case "keep":
+            return torch.where(x[0], scores, x[1])  # type: ignore[call-overload,no-any-return]
         case "fill":
             return torch.where(x[0], x[1], scores)  # type: ignore[call-overload,no-any-return]
         case "causal":
@@ -173,12 +173,13 @@ def differentiate_step(
         case "clamp":
             inside = (_given(before) >= x[0]) & (_given(before) <= x[1])
             return grad * inside, {}
-        case "mask" | "causal":  # what they mask is never kept
+        case "causal":  # what it masks is never kept
             return grad, {}
-        case "fill":
-            filled = torch.where(x[0], grad, 0)  # type: ignore[call-overload]
+        case "keep" | "fill":
+            is_filled = x[0] if step.name == "fill" else ~x[0]  # type: ignore[operator]
             value = step.arguments[1]
-            return grad - filled, {value.index: filled} if isinstance(value, Operand) else {}
+            filled = {value.index: grad.masked_fill(~is_filled, 0)} if isinstance(value, Operand) else {}  # type: ignore
+            return grad.masked_fill(is_filled, 0), filled  # type: ignore[arg-type]
     raise AssertionError(f"no such step: {step}")
 
 
@@ -198,7 +199,7 @@ def check_operands(score: Score, operands: Sequence[Tensor]) -> None:
         for position, argument in enumerate(step.arguments):
             if not isinstance(argument, Operand):
                 continue
-            is_condition = step.name == "mask" or (step.name == "fill" and position == 0)
+            is_condition = step.name in ("keep", "fill") and position == 0
             dtype = operands[argument.index].dtype
             if is_condition != (dtype == torch.bool):
                 accepted = "torch.bool" if is_condition else "a floating-point or integer dtype"

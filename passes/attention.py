@@ -1,0 +1,700 @@
+"""Finds attention: anchors on a softmax or an SDPA call, walks to both products by meaning, and proves each fact.
+
+Walking back from the softmax: steps of the score (scale, bias, mask, soft cap), casts, and moves of axes, until the
+product of query and key. Walking forward: casts, dropout and moves, until the product with the value. The softmax axis
+must be the one that the first product takes from one factor alone (the key) and the second sums over; whatever lies
+between must be used by nothing else. What does not fit is refused with the first reason found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axes import EinsumAxes, read_move
+from .dialect import Call, Kind, read
+from .layout import Layout, LayoutError, Permute, View
+from .mutation import mutated_arguments, storage_roots
+from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
+from .softmax import Softmax
+from .values import constant_of, dtype_of, is_scalar, shape_of
+
+Order = dict[fx.Node, int]
+_CHAIN = {
+    Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.MASKED_FILL, Kind.WHERE, Kind.CAST,
+    Kind.SAME, Kind.DROPOUT, Kind.VIEW, Kind.EXPAND, Kind.TRANSPOSE, Kind.PERMUTE, Kind.MATRIX_TRANSPOSE,
+    Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.GETITEM,
+}  # fmt: skip
+_PRODUCTS = {Kind.MATMUL, Kind.BADDBMM, Kind.EINSUM, Kind.ADDMM}
+_MOVES = {
+    Kind.VIEW, Kind.TRANSPOSE, Kind.PERMUTE, Kind.MATRIX_TRANSPOSE, Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.EXPAND, Kind.GETITEM,
+}  # fmt: skip
+
+
+def find_attention(softmax: Softmax, order: Order) -> AttentionSite | Refusal:
+    """The attention around a softmax, or why there is none."""
+    try:
+        return _Reader(softmax, order).read()
+    except (Refuse, LayoutError) as error:
+        reason = error.reason if isinstance(error, Refuse) else "axes_not_followed"
+        detail = error.detail if isinstance(error, Refuse) else str(error)
+        return Refusal(reason, detail, softmax.output)
+
+
+def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
+    """The attention that a call of scaled_dot_product_attention is."""
+    steps: list[ScoreStep] = []
+    mask = call.get("attn_mask")
+    is_causal = call.get("is_causal", False)
+    if not isinstance(is_causal, bool):
+        return Refusal("causal_not_static", f"is_causal of {call.node.name} is known only at run time", call.node)
+    if not all(isinstance(call.get(name), fx.Node) for name in ("query", "key", "value")):
+        return Refusal("not_tensors", f"an input of {call.node.name} is no tensor", call.node)
+    if mask is not None:
+        dtype = dtype_of(mask)
+        if dtype is None:
+            return Refusal("mask_dtype_unknown", f"whether the mask {mask.name} is boolean was not traced", call.node)
+        term = Term(mask, stage=0)
+        steps.append(ScoreStep("keep", (term, -math.inf)) if dtype == torch.bool else ScoreStep("add", (term,)))
+    if is_causal:
+        steps.append(ScoreStep("causal"))
+    scale: Any = call.get("scale")
+    shape, key_shape = shape_of(call["query"]), shape_of(call["key"])
+    if scale is None:
+        if shape is None or not isinstance(shape[-1], int):
+            return Refusal("head_size_unknown", f"the head size of {call['query'].name} was not traced", call.node)
+        scale = 1 / math.sqrt(shape[-1]) if shape[-1] else 1.0
+    dropout_p = call.get("dropout_p", 0.0)
+    layout = Layout(rank=None if shape is None else len(shape))
+    key, value = (Factor(call[name], transposed=True) for name in ("key", "value"))
+    return AttentionSite(
+        anchor=call.node,
+        output=call.node,
+        query=Factor(call["query"]),
+        key=key,
+        value=value,
+        start_axes=(-2, -1),
+        score_layout=layout,
+        weight_layout=layout,
+        output_order=None,
+        scale=scale,
+        scale_divides=False,
+        steps=tuple(steps),
+        dropout_p=dropout_p,
+        dropout_module=None,
+        zero_empty_rows=True,
+        interior=(call.node,),
+        scores_shape=None if shape is None or key_shape is None else (*shape[:-1], key_shape[-2]),
+        head_size=None if shape is None else shape[-1],
+        value_size=_last_size(call["value"]),
+    )
+
+
+@dataclasses.dataclass
+class _Product:
+    """Q K^T as it was found: its factors in its own axes, and the axes (query, key) of its result."""
+
+    node: fx.Node
+    query: Factor
+    key: Factor
+    axes: tuple[int, int]
+    first_moves: tuple[Permute, ...]
+    first_steps: tuple[ScoreStep, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Event:
+    """What the walk passed, later put in forward order: a step of the score, or a move of its axes."""
+
+    step: tuple[str, tuple[Any, ...]] | None = None
+    move: Call | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """An operand of a step before its stage is known."""
+
+    node: fx.Node
+    negated: bool = False
+    inverted: bool = False
+    multiplier: Any = 1
+
+
+class _Reader:
+    """Reads one candidate. Raises Refuse at the first fact that cannot be proven."""
+
+    def __init__(self, softmax: Softmax, order: Order) -> None:
+        self.softmax = softmax
+        self.order = order
+        self.interior: set[fx.Node] = set(softmax.interior)
+        self.passed: set[fx.Node] = set()  # looked through, but not part of the site: transposes and repeats of K, V
+
+    def read(self) -> AttentionSite:
+        key_axis = self._softmax_axis()
+        product_node, events, key_axis = self._walk_back(key_axis)
+        product = self._read_product(product_node, key_axis)
+        score_layout, steps = self._forward_order(product, events)
+        if not product.first_moves and not score_layout.moves:
+            product.query, product.key = self._simplify(product.query), self._simplify(product.key)
+        weight_layout, dropout_p, dropout_module, output, value, output_order = self._walk_forward(score_layout)
+        if not weight_layout.moves and output_order is None:
+            value = self._simplify(value)
+        self._check_interior(output)
+        scale, scale_divides, steps = _leading_scale(steps)
+        site = AttentionSite(
+            anchor=self.softmax.output,
+            output=output,
+            query=product.query,
+            key=product.key,
+            value=value,
+            start_axes=product.axes,
+            score_layout=score_layout,
+            weight_layout=weight_layout,
+            output_order=output_order,
+            scale=scale,
+            scale_divides=scale_divides,
+            steps=steps,
+            dropout_p=dropout_p,
+            dropout_module=dropout_module,
+            zero_empty_rows=False,
+            interior=tuple(sorted(self.interior, key=self.order.__getitem__)),
+            scores_shape=_scores_shape(shape_of(self.softmax.input), score_layout),
+            head_size=_summed_size(product),
+            value_size=_value_size(value),
+        )
+        self._check_span(site)
+        return site
+
+    # --- the softmax
+
+    def _softmax_axis(self) -> int:
+        dim = self.softmax.dim
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise Refuse("softmax_dim_unknown", f"{self.softmax.output.name} does not say over which dimension it runs")
+        shape = shape_of(self.softmax.input)
+        if shape is not None:
+            return dim % len(shape)
+        if dim >= 0:
+            raise Refuse("shape_unknown", f"the rank of {self.softmax.input.name} was not traced, so dim={dim} may be any axis")
+        return dim
+
+    # --- back to the product
+
+    def _walk_back(self, key_axis: int) -> tuple[fx.Node, list[_Event], int]:
+        """From the softmax to the product: its node, what was passed (last first), and the softmax axis there."""
+        events: list[_Event] = []
+        user, node = self._first_user(), self.softmax.input
+        while True:
+            node = self._current(node, user)
+            call = read(node)
+            if call is None:
+                raise self._no_product(node, events)
+            if call.kind in _PRODUCTS:
+                self.interior.add(node)
+                return node, events, key_axis
+            source = self._score_source(call)
+            if source is None:
+                raise self._no_product(node, events)
+            if call.kind in _MOVES:
+                key_axis = self._move_back(call, key_axis, events)
+            else:
+                self._read_step(call, source, events)
+            self.interior.add(node)
+            user, node = node, source
+
+    def _first_user(self) -> fx.Node:
+        return min((n for n in self.softmax.interior if self.softmax.input in n.all_input_nodes), key=self.order.__getitem__)
+
+    def _current(self, node: fx.Node, user: fx.Node) -> fx.Node:
+        """The value of `node` as `user` sees it: what the last in-place operation before `user` left there."""
+        writers = [
+            other
+            for other in node.users
+            if other is not user
+            and self.order[other] < self.order[user]
+            and node in mutated_arguments(other)
+            and (call := read(other)) is not None
+            and call.in_place
+            and call.get("input") is node
+        ]
+        return max(writers, key=self.order.__getitem__) if writers else node
+
+    def _no_product(self, node: fx.Node, events: list[_Event]) -> Refuse:
+        if _leads_to_product(node):
+            return Refuse("unknown_score_op", f"{_describe(node)} lies between the product and the softmax")
+        return Refuse("not_attention", f"no product of query and key leads to {self.softmax.output.name}: {_describe(node)}")
+
+    def _score_source(self, call: Call) -> fx.Node | None:
+        """The argument that carries the scores; where two could, the one of full size, or the first."""
+        if call.kind not in _CHAIN:
+            return None
+        names = {Kind.WHERE: ("input", "other"), Kind.ADD: ("input", "other"), Kind.SUB: ("input", "other"),
+                 Kind.MUL: ("input", "other")}.get(call.kind, ("input",))  # fmt: skip
+        sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and _leads_to_product(x)]
+        if len(sources) == 2 and sources[0] is sources[1]:
+            raise Refuse("unknown_score_op", f"{_describe(call.node)} uses the scores twice")
+        own = shape_of(call.node)
+        whole = [x for x in sources if own is not None and shape_of(x) == own]
+        chosen = (whole or sources or [None])[0]
+        if call.in_place and chosen is not call.get("input"):
+            raise Refuse("inputs_written_between", f"{_describe(call.node)} writes the scores into another tensor")
+        return chosen
+
+    def _read_step(self, call: Call, source: fx.Node, events: list[_Event]) -> None:
+        """Appends what an elementwise call does to the scores; nothing for casts and the like."""
+
+        def step(name: str, *arguments: Any) -> None:
+            events.append(_Event(step=(name, arguments)))
+
+        match call.kind:
+            case Kind.ADD:
+                other = call["other"] if call["input"] is source else call["input"]
+                alpha = call.get("alpha", 1)
+                if other is call.get("input"):
+                    step("add", self._number_or_operand(other))
+                    if alpha != 1:
+                        step("mul", self._number_or_operand(alpha))
+                else:
+                    step("add", self._number_or_operand(other, multiplier=alpha))
+            case Kind.SUB:
+                alpha = call.get("alpha", 1)
+                if call["input"] is source:
+                    step("add", self._number_or_operand(call["other"], negated=True, multiplier=alpha))
+                else:
+                    step("add", self._number_or_operand(call["input"]))
+                    step("mul", self._number_or_operand(alpha, negated=True))
+            case Kind.MUL:
+                step("mul", self._number_or_operand(call["other"] if call["input"] is source else call["input"]))
+            case Kind.DIV:
+                if call.get("rounding_mode") is not None:
+                    raise Refuse("unknown_score_op", f"{_describe(call.node)} rounds the scores")
+                step("div", self._number_or_operand(call["other"]))
+            case Kind.NEG:
+                step("mul", -1.0)
+            case Kind.TANH:
+                step("tanh")
+            case Kind.CLAMP:
+                step("clamp", *self._bounds(call))
+            case Kind.MASKED_FILL:
+                step("fill", self._condition(call["mask"]), self._number_or_operand(call["value"]))
+            case Kind.WHERE:
+                is_kept = call["input"] is source
+                other = call["other"] if is_kept else call["input"]
+                step("keep" if is_kept else "fill", self._condition(call["condition"]), self._number_or_operand(other))
+            case Kind.CAST:
+                self._check_cast(call)
+            case Kind.DROPOUT:
+                if self._dropout(call) != (0.0, None):
+                    raise Refuse("dropout_on_scores", f"{_describe(call.node)} drops scores before the softmax")
+            case Kind.SAME:
+                pass
+            case _:
+                raise Refuse("unknown_score_op", f"{_describe(call.node)} lies between the product and the softmax")
+        self._check_same_shape(call.node, source)
+
+    def _number_or_operand(self, x: Any, negated: bool = False, multiplier: Any = 1) -> Any:
+        number, factor = constant_of(x), constant_of(multiplier)
+        if number is not None and factor is not None:
+            return -number * factor if negated else number * factor
+        if isinstance(x, bool) or (not isinstance(x, fx.Node) and not is_scalar(x)):
+            raise Refuse("unknown_score_op", f"the scores meet {x!r}, which is neither a number nor a tensor")
+        if dtype_of(x) == torch.bool:
+            raise Refuse("unknown_score_op", f"the scores meet the boolean tensor {x.name} as a number")
+        if dtype_of(x) is not None and dtype_of(x).is_complex:  # type: ignore[union-attr]
+            raise Refuse("unknown_score_op", f"the scores meet the complex tensor {x.name}")
+        return _Operand(x, negated=negated, multiplier=multiplier)
+
+    def _condition(self, x: Any) -> _Operand:
+        if not isinstance(x, fx.Node) or dtype_of(x) not in (None, torch.bool):
+            raise Refuse("condition_not_boolean", f"the mask {x} is not a boolean tensor, but {dtype_of(x)}")
+        return _Operand(x)
+
+    def _bounds(self, call: Call) -> tuple[float, float]:
+        bounds = []
+        for name, missing in (("min", -math.inf), ("max", math.inf)):
+            value = call.get(name)
+            number = missing if value is None else constant_of(value)
+            if number is None:
+                raise Refuse("unknown_score_op", f"{_describe(call.node)} clamps the scores to a tensor")
+            bounds.append(number)
+        return bounds[0], bounds[1]
+
+    def _check_cast(self, call: Call) -> None:
+        dtype = dtype_of(call.node) or call.get("dtype")
+        named = call.get("dtype") or dtype
+        if isinstance(named, torch.dtype) and not named.is_floating_point:
+            raise Refuse("cast_not_floating", f"{_describe(call.node)} casts to {named}")
+        if dtype is None:
+            raise Refuse("shape_unknown", f"what {_describe(call.node)} casts to was not traced")
+
+    def _check_same_shape(self, node: fx.Node, source: fx.Node) -> None:
+        after, before = shape_of(node), shape_of(source)
+        if after is not None and before is not None and not _same_shape(after, before):
+            raise Refuse("mask_broadcasts_scores", f"{_describe(node)} enlarges the scores from {before} to {after}")
+
+    def _dropout(self, call: Call) -> tuple[Any, fx.Node | None]:
+        """The dropout probability of a call that is active, and the module that can switch it at run time."""
+        p = call.get("p", 0.5)
+        if "module" in call.arguments:
+            return (p, call.node) if p > 0 else (0.0, None)
+        training = call.get("training", True)
+        if training is False or p == 0:
+            return 0.0, None
+        if training is not True or not isinstance(p, (int, float)):
+            raise Refuse("dropout_mode_not_static", f"whether {_describe(call.node)} is active is known only at run time")
+        return float(p), None
+
+    def _move_back(self, call: Call, key_axis: int, events: list[_Event]) -> int:
+        """The softmax axis before a move."""
+        move = read_move(call)
+        if move is None:
+            return key_axis
+        events.append(_Event(move=call))
+        if isinstance(move, Permute):
+            return move.dims[key_axis]
+        return _whole(move[1], move[0], key_axis)
+
+    # --- the product
+
+    def _read_product(self, node: fx.Node, key_axis: int) -> _Product:
+        call = read(node)
+        assert call is not None
+        if call.kind == Kind.EINSUM:
+            return self._read_einsum(call, key_axis)
+        left, right = (
+            (call["input"], call["other"]) if call.kind == Kind.MATMUL else (call.get("left"), call.get("right"))
+        )
+        shape = shape_of(node)
+        if shape is not None and (len(shape) < 2 or any(len(shape_of(x) or shape) < 2 for x in (left, right))):
+            raise Refuse("not_attention", f"{_describe(node)} is a product with a vector")
+        axis = key_axis - len(shape) if shape is not None and key_axis >= 0 else key_axis
+        if axis not in (-1, -2):
+            raise Refuse(
+                "softmax_not_over_keys", f"{self.softmax.output.name} runs over a batch or head axis of {node.name}"
+            )
+        query, key = (left, right) if axis == -1 else (right, left)
+        steps: tuple[ScoreStep, ...] = ()
+        if call.kind in (Kind.BADDBMM, Kind.ADDMM):
+            alpha, beta = constant_of(call.get("alpha", 1)), constant_of(call.get("beta", 1))
+            if alpha is None or beta is None:
+                raise Refuse("scale_not_constant", f"alpha or beta of {node.name} is known only at run time")
+            steps = () if alpha == 1 else (ScoreStep("mul", (alpha,)),)
+            if beta != 0:
+                steps += (ScoreStep("add", (Term(call["input"], 0, multiplier=beta),)),)
+        return _Product(node, Factor(query), Factor(key), (-3 - axis, axis), (), steps)
+
+    def _read_einsum(self, call: Call, key_axis: int) -> _Product:
+        axes = EinsumAxes.of(call)
+        if key_axis < 0:
+            key_axis += len(axes.output)
+        query, key, moves = axes.scores(key_axis, self.softmax.output.name)
+        return _Product(call.node, query, key, (-2, -1), moves)
+
+    def _forward_order(self, product: _Product, events: list[_Event]) -> tuple[Layout, tuple[ScoreStep, ...]]:
+        """The moves and steps from the product to the softmax, in the order in which the model does them."""
+        shape = shape_of(product.node)
+        rank = len(shape) if shape is not None else None
+        if product.first_moves:
+            rank = len(product.first_moves[0].dims)
+        layout = Layout((), product.axes, rank)
+        for move in product.first_moves:
+            layout = layout.then(move)
+        steps = list(product.first_steps)
+        for event in reversed(events):
+            if event.move is not None:
+                layout = layout.then(_move(event.move, layout))
+            elif event.step is not None:
+                name, arguments = event.step
+                stage = len(layout.moves)
+                steps.append(ScoreStep(name, tuple(_term(a, stage) for a in arguments)))
+        return layout, tuple(steps)
+
+    # --- forward to the product with V
+
+    def _walk_forward(
+        self, score_layout: Layout
+    ) -> tuple[Layout, Any, fx.Node | None, fx.Node, Factor, tuple[int, ...] | None]:
+        layout = Layout((), score_layout.axes, score_layout.rank)
+        dropout: tuple[Any, fx.Node | None] = (0.0, None)
+        node = self.softmax.output
+        while True:
+            user = self._only_user(node)
+            call = read(user)
+            kind = None if call is None else call.kind
+            if call is not None and kind in (Kind.MATMUL, Kind.EINSUM):
+                value, output_order = self._read_value(call, node, layout)
+                return layout, *dropout, user, value, output_order
+            if call is None or kind not in _CHAIN or call.get("input") is not node:
+                raise Refuse("probabilities_changed", f"{_describe(user)} uses the probabilities before any product with V")
+            if kind == Kind.CAST:
+                self._check_cast(call)
+            elif kind == Kind.DROPOUT:
+                found = self._dropout(call)
+                if found != (0.0, None) and dropout != (0.0, None):
+                    raise Refuse("two_dropouts", f"{_describe(user)} is a second dropout on the probabilities")
+                dropout = dropout if found == (0.0, None) else found
+            elif kind in _MOVES:
+                if read_move(call) is not None:
+                    layout = layout.then(_move(call, layout))
+            elif kind != Kind.SAME:
+                raise Refuse("probabilities_changed", f"{_describe(user)} changes the probabilities before the product with V")
+            self.interior.add(user)
+            node = user
+
+    def _only_user(self, node: fx.Node) -> fx.Node:
+        users = [user for user in node.users if not _is_assert(user)]
+        if len(users) != 1 or users[0].op == "output":
+            names = ", ".join("the output" if user.op == "output" else user.name for user in users) or "nothing"
+            raise Refuse("probabilities_used_elsewhere", f"the probabilities {node.name} are used by {names}")
+        return users[0]
+
+    def _read_value(self, call: Call, weights: fx.Node, layout: Layout) -> tuple[Factor, tuple[int, ...] | None]:
+        """V in the axes of the weights, with Dv in the place of the query axis, and how the product orders its axes."""
+        if call.kind == Kind.EINSUM:
+            axes = EinsumAxes.of(call)
+            return axes.value(weights, layout, call.node.name)
+        left, right = call["input"], call["other"]
+        if left is right:
+            raise Refuse("not_attention", f"{call.node.name} multiplies the probabilities with themselves")
+        is_left = left is weights
+        value = right if is_left else left
+        shape = shape_of(value)
+        if shape is not None and len(shape) < 2:
+            raise Refuse("value_is_vector", f"{call.node.name} multiplies the probabilities with a vector")
+        rank = layout.rank
+        query_axis, key_axis = (axis - rank if rank is not None and axis >= 0 else axis for axis in layout.axes)
+        if (query_axis, key_axis) != ((-2, -1) if is_left else (-1, -2)):
+            raise Refuse("product_not_over_keys", f"{call.node.name} does not sum over the axis of the softmax")
+        return Factor(value, transposed=True), None
+
+    # --- what is looked through
+
+    def _simplify(self, factor: Factor) -> Factor:
+        """Looks through transposes, copies, and the repetition of K or V for grouped heads."""
+        while factor.order is None:
+            call = read(factor.node)
+            if call is None or call.in_place:
+                break
+            if call.kind == Kind.SAME and shape_of(call["input"]) is not None:
+                source, transposed = call["input"], factor.transposed
+            elif _swaps_last_two(call):
+                source, transposed = call["input"], not factor.transposed
+            else:
+                repeated = None if not factor.transposed else _source_of_repeat(call)
+                if repeated is None:
+                    break
+                source, transposed = repeated[0], factor.transposed
+                self.passed.update(repeated[1:])
+            self.passed.add(factor.node)
+            factor = Factor(source, None, transposed)
+        return factor
+
+    # --- proofs about the whole
+
+    def _check_interior(self, output: fx.Node) -> None:
+        inside = {*self.interior, output}
+        for node in self.interior:
+            for user in node.users:
+                if user not in inside and not _is_assert(user):
+                    name = "the output" if user.op == "output" else user.name
+                    raise Refuse("scores_used_elsewhere", f"{node.name} is also used by {name}")
+        self.interior.add(output)
+
+    def _check_span(self, site: AttentionSite) -> None:
+        """The op stands where the product with V stood, so nothing it reads may have changed in between."""
+        inputs = {site.query.node, site.key.node, site.value.node}
+        inputs |= {a.node for step in site.steps for a in step.arguments if isinstance(a, Term)}
+        if isinstance(site.scale, fx.Node):
+            inputs.add(site.scale)
+        if inputs & self.interior:
+            raise Refuse("scores_used_elsewhere", "the scores or probabilities are an input of their own attention")
+        start = min(self.order[node] for node in self.interior | self.passed)
+        end = self.order[site.output]
+        roots: set[fx.Node] | None = None
+        for node in site.output.graph.nodes:
+            if not start <= self.order[node] < end or node in self.interior:
+                continue
+            call = read(node)
+            if call is not None and call.kind == Kind.MODE:
+                raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {node.name}, inside the attention")
+            written = mutated_arguments(node)
+            if written:
+                roots = roots if roots is not None else set().union(*map(storage_roots, inputs))
+                if any(storage_roots(x) & roots for x in written):
+                    raise Refuse("inputs_written_between", f"{_describe(node)} writes to an input of the attention inside it")
+
+
+# --- helpers
+
+
+def _term(argument: Any, stage: int) -> Any:
+    if isinstance(argument, _Operand):
+        return Term(argument.node, stage, argument.negated, argument.inverted, argument.multiplier)
+    return argument
+
+
+def _leading_scale(steps: tuple[ScoreStep, ...]) -> tuple[Any, bool, tuple[ScoreStep, ...]]:
+    """The scale that the first steps amount to, whether it divides, and the steps that are left."""
+    scale: Any = 1.0
+    divides = False
+    for position, step in enumerate(steps):
+        argument = step.arguments[0] if step.arguments else None
+        if step.name in ("mul", "div") and isinstance(argument, float) and not isinstance(scale, fx.Node):
+            if step.name == "div" and argument == 0:
+                return scale, divides, steps[position:]
+            scale = scale * argument if step.name == "mul" else scale / argument
+        elif (
+            step.name in ("mul", "div")
+            and isinstance(argument, Term)
+            and is_scalar(argument.node)
+            and not argument.negated
+            and argument.multiplier == 1
+            and scale == 1.0
+        ):
+            scale, divides = argument.node, step.name == "div"
+        else:
+            return scale, divides, steps[position:]
+    return scale, divides, ()
+
+
+def _move(call: Call, layout: Layout) -> Permute | View:
+    move = read_move(call)
+    assert move is not None
+    if isinstance(move, Permute):
+        return move
+    before, after = move
+    assert layout.rank is not None
+    query_axis, key_axis = (axis % layout.rank for axis in layout.axes)
+    return View.between(before, after, (query_axis, key_axis))
+
+
+def _whole(before: Any, after: Any, axis: int) -> int:
+    from .layout import whole_axis
+
+    return whole_axis(before, after, axis)
+
+
+def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
+    """Whether a chain of calls that a score may pass leads back from node to a product."""
+    call = read(node)
+    if call is None or depth == 0:
+        return False
+    if call.kind in _PRODUCTS:
+        return True
+    if call.kind not in _CHAIN:
+        return False
+    arguments = (call.get(name) for name in ("input", "other"))
+    return any(isinstance(x, fx.Node) and _leads_to_product(x, depth - 1) for x in arguments)
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def _is_assert(node: fx.Node) -> bool:
+    call = read(node)
+    return call is not None and call.kind == Kind.ASSERT
+
+
+def _swaps_last_two(call: Call) -> bool:
+    move_shape = shape_of(call["input"]) if isinstance(call.get("input"), fx.Node) else None
+    if call.kind == Kind.MATRIX_TRANSPOSE:
+        return True
+    if call.kind == Kind.TRANSPOSE:
+        dims = (call.get("dim0", 0), call.get("dim1", 1))
+        if not all(isinstance(d, int) for d in dims):
+            return False
+        if move_shape is not None:
+            dims = tuple(d % len(move_shape) - len(move_shape) for d in dims)
+        return set(dims) == {-1, -2}
+    if call.kind == Kind.PERMUTE:
+        move = read_move(call)
+        if not isinstance(move, Permute) or len(move.dims) < 2:
+            return False
+        rank = len(move.dims)
+        return move.dims == (*range(rank - 2), rank - 1, rank - 2)
+    return False
+
+
+def _source_of_repeat(call: Call) -> tuple[fx.Node, ...] | None:
+    """K or V with its own heads, and the nodes passed, where a call repeats each head [B, H, L, D] several times in place."""
+    shape = shape_of(call.node)
+    if shape is None or len(shape) != 4:
+        return None
+    if call.kind == Kind.REPEAT_INTERLEAVE:
+        source = call["input"]
+        is_heads = isinstance(call.get("repeats"), int) and call.get("dim") in (1, -3)
+        return (source,) if is_heads and len(shape_of(source) or ()) == 4 else None
+    if call.kind != Kind.VIEW:
+        return None
+    expand = read(call["input"])
+    if expand is None or expand.kind != Kind.EXPAND:
+        return None
+    unsqueezed = read(expand["input"])
+    wide = shape_of(expand.node)
+    if unsqueezed is None or wide is None or len(wide) != 5 or unsqueezed.kind not in (Kind.UNSQUEEZE, Kind.GETITEM, Kind.VIEW):
+        return None
+    source = unsqueezed["input"]
+    own, narrow = shape_of(source), shape_of(unsqueezed.node)
+    if own is None or narrow is None or len(own) != 4:
+        return None
+    if unsqueezed.kind == Kind.GETITEM and not _inserts_axis(unsqueezed.get("index"), 2):
+        return None
+    if unsqueezed.kind == Kind.UNSQUEEZE and unsqueezed.get("dim") not in (2, -3):
+        return None
+    batch, heads, length, size = own
+    repeats = wide[2]
+    is_repeat = (
+        _same_shape(narrow, (batch, heads, 1, length, size))
+        and _same_shape(wide, (batch, heads, repeats, length, size))
+        and _same_shape(shape, (batch, heads * repeats, length, size))
+    )
+    return (source, expand.node, unsqueezed.node) if is_repeat else None
+
+
+def _inserts_axis(index: Any, position: int) -> bool:
+    """Whether an index is x[:, :, None, ...]: a new axis at `position` and everything else whole."""
+    if not isinstance(index, tuple):
+        index = (index,)
+    return (
+        list(index[: position + 1]) == [slice(None)] * position + [None]
+        and all(item == slice(None) or item is Ellipsis for item in index[position + 1 :])
+    )
+
+
+def _scores_shape(shape: tuple[Any, ...] | None, layout: Layout) -> tuple[Any, ...] | None:
+    if shape is None:
+        return None
+    i, j = (axis % len(shape) for axis in layout.axes)
+    return (*(size for axis, size in enumerate(shape) if axis not in (i, j)), shape[i], shape[j])
+
+
+def _last_size(node: fx.Node) -> Any:
+    shape = shape_of(node)
+    return None if shape is None else shape[-1]
+
+
+def _summed_size(product: _Product) -> Any:
+    """D, which the query has in the place of the key axis."""
+    shape, order = shape_of(product.query.node), product.query.order
+    if shape is None:
+        return None
+    axis = order[product.axes[1]] if order is not None else product.axes[1]
+    return None if axis is None else shape[axis]
+
+
+def _value_size(value: Factor) -> Any:
+    """Dv: the last axis of a value that a matmul reads; an einsum may have it anywhere, and its node tells less."""
+    return _last_size(value.node) if value.order is None and value.transposed else None
+
+
+def _describe(node: fx.Node) -> str:
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"{node.name} ({node.op}: {name})"

@@ -1,0 +1,285 @@
+"""Which function, method, module or ATen overload means what.
+
+The same operation is spelled `torch.softmax`, `F.softmax`, `x.softmax(-1)`, `nn.Softmax` or `aten.softmax.int`, depending
+on who traced the graph. `read(node)` gives a `Call` with one kind and one set of argument names for all of them, and
+None for what no pass needs to understand. Arguments outside the table make a call unknown, never half understood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+
+class Kind(enum.Enum):
+    """What an operation means to the passes."""
+
+    MATMUL = "matrix product"
+    BADDBMM = "matrix product plus a term"
+    EINSUM = "einsum"
+    LINEAR = "linear layer"
+    ADDMM = "term plus matrix product"
+    SOFTMAX = "softmax"
+    ATTENTION = "scaled_dot_product_attention"
+    ADD = "sum"
+    SUB = "difference"
+    MUL = "product"
+    DIV = "quotient"
+    NEG = "negation"
+    TANH = "tanh"
+    CLAMP = "clamp"
+    EXP = "exp"
+    SUM = "sum over dimensions"
+    AMAX = "maximum over dimensions"
+    MAX = "maximum and its index over a dimension"
+    LOG_SOFTMAX = "log-softmax"
+    MASKED_FILL = "masked_fill"
+    WHERE = "where"
+    DROPOUT = "dropout"
+    CAST = "cast"
+    SAME = "the same values"
+    VIEW = "view"
+    EXPAND = "expand"
+    TRANSPOSE = "transpose"
+    PERMUTE = "permute"
+    MATRIX_TRANSPOSE = "transpose of the last two dimensions"
+    UNSQUEEZE = "unsqueeze"
+    SQUEEZE = "squeeze"
+    GETITEM = "indexing"
+    REPEAT_INTERLEAVE = "repeat_interleave"
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+    POW = "power"
+    ASSERT = "assertion"
+    MODE = "change of grad mode or autocast"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A node read by meaning."""
+
+    kind: Kind
+    node: fx.Node
+    arguments: dict[str, Any]
+    in_place: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    kind: Kind
+    parameters: tuple[str, ...]
+    in_place: bool = False
+
+
+_FUNCTIONS: dict[Any, _Row] = {}
+_METHODS: dict[str, _Row] = {}
+_SAME_NAMES = {
+    "self": "input", "tensor": "input", "x": "input", "axis": "dim", "mat2": "other", "tensor2": "other",
+    "min_val": "min", "max_val": "max", "attn_bias": "attn_mask", "train": "training", "batch1": "left",
+    "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim",
+}  # fmt: skip
+_IGNORED = {"_stacklevel", "memory_format", "non_blocking", "copy", "layout", "device", "pin_memory", "implicit"}
+
+
+def _row(kind: Kind, parameters: str, *targets: Any, in_place: tuple[Any, ...] = ()) -> None:
+    for group, mutates in ((targets, False), (in_place, True)):
+        for target in group:
+            table = _METHODS if isinstance(target, str) else _FUNCTIONS
+            table[target] = _Row(kind, tuple(parameters.split()), mutates)
+
+
+_row(Kind.MATMUL, "input other", torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__",
+     aten.matmul, aten.bmm, aten.mm)  # fmt: skip
+_row(Kind.BADDBMM, "input left right beta alpha", torch.baddbmm, "baddbmm", aten.baddbmm, in_place=("baddbmm_",))
+_row(Kind.ADDMM, "input left right beta alpha", torch.addmm, "addmm", aten.addmm)
+_row(Kind.EINSUM, "equation operands", torch.einsum, torch.functional.einsum, aten.einsum)
+_row(Kind.LINEAR, "input weight bias", F.linear, torch._C._nn.linear, aten.linear)
+_row(Kind.SOFTMAX, "input dim dtype", torch.softmax, "softmax", aten.softmax, torch.special.softmax)
+_row(Kind.SOFTMAX, "input dim _stacklevel dtype", F.softmax)
+_row(Kind.SOFTMAX, "input dim half_to_float", aten._softmax)
+_row(Kind.SOFTMAX, "input dim dtype", aten._safe_softmax)
+_row(Kind.LOG_SOFTMAX, "input dim dtype", torch.log_softmax, "log_softmax", aten.log_softmax, torch.special.log_softmax)
+_row(Kind.LOG_SOFTMAX, "input dim _stacklevel dtype", F.log_softmax)
+_row(Kind.LOG_SOFTMAX, "input dim half_to_float", aten._log_softmax)
+_row(Kind.ATTENTION, "query key value attn_mask dropout_p is_causal scale enable_gqa", F.scaled_dot_product_attention,
+     aten.scaled_dot_product_attention)  # fmt: skip
+_row(Kind.ADD, "input other alpha", torch.add, operator.add, "add", "__add__", "__radd__", aten.add,
+     in_place=(operator.iadd, "add_", "__iadd__", aten.add_))  # fmt: skip
+_row(Kind.SUB, "input other alpha", torch.sub, torch.subtract, operator.sub, "sub", "subtract", "__sub__", aten.sub,
+     in_place=(operator.isub, "sub_", "__isub__", aten.sub_))  # fmt: skip
+_row(Kind.MUL, "input other", torch.mul, torch.multiply, operator.mul, "mul", "multiply", "__mul__", "__rmul__", aten.mul,
+     in_place=(operator.imul, "mul_", "__imul__", aten.mul_))  # fmt: skip
+_row(Kind.DIV, "input other rounding_mode", torch.div, torch.divide, torch.true_divide, operator.truediv, "div", "divide",
+     "true_divide", "__truediv__", aten.div, in_place=(operator.itruediv, "div_", "__itruediv__", aten.div_))  # fmt: skip
+_row(Kind.NEG, "input", torch.neg, torch.negative, operator.neg, "neg", "__neg__", aten.neg, in_place=("neg_", aten.neg_))
+_row(Kind.TANH, "input", torch.tanh, F.tanh, "tanh", aten.tanh, in_place=("tanh_", aten.tanh_))
+_row(Kind.CLAMP, "input min max", torch.clamp, torch.clip, "clamp", "clip", aten.clamp, F.hardtanh, aten.hardtanh,
+     in_place=("clamp_", "clip_", aten.clamp_))  # fmt: skip
+_row(Kind.CLAMP, "input min", torch.clamp_min, "clamp_min", aten.clamp_min)
+_row(Kind.CLAMP, "input max", torch.clamp_max, "clamp_max", aten.clamp_max)
+_row(Kind.EXP, "input", torch.exp, "exp", aten.exp, in_place=("exp_", aten.exp_))
+_row(Kind.SUM, "input dim keepdim dtype", torch.sum, "sum", aten.sum)
+_row(Kind.AMAX, "input dim keepdim", torch.amax, "amax", aten.amax)
+_row(Kind.MAX, "input dim keepdim", torch.max, "max", aten.max)
+_row(Kind.MASKED_FILL, "input mask value", torch.masked_fill, "masked_fill", aten.masked_fill,
+     in_place=("masked_fill_", aten.masked_fill_))  # fmt: skip
+_row(Kind.WHERE, "condition input other", torch.where, aten.where)
+_row(Kind.DROPOUT, "input p training inplace", F.dropout)
+_row(Kind.DROPOUT, "input p training", torch.dropout, aten.dropout, in_place=(torch.dropout_, aten.dropout_))
+_row(Kind.CAST, "input dtype", "to", "type", aten._to_copy, aten.to, torch.ops.prims.convert_element_type, "type_as")
+_row(Kind.CAST, "input", "float", "half", "bfloat16", "double")
+_row(Kind.SAME, "input", "contiguous", "clone", torch.clone, aten.contiguous, aten.clone, aten.alias)
+_row(Kind.VIEW, "input size", "view", "reshape", torch.reshape, aten.view, aten.reshape, aten._unsafe_view)
+_row(Kind.VIEW, "input start_dim end_dim", "flatten", torch.flatten, aten.flatten)
+_row(Kind.VIEW, "input dim sizes", "unflatten", torch.unflatten, aten.unflatten)
+_row(Kind.VIEW, "input other", "view_as", "reshape_as")
+_row(Kind.EXPAND, "input size", "expand", aten.expand, torch.broadcast_to, "broadcast_to")
+_row(Kind.EXPAND, "input other", "expand_as")
+_row(Kind.TRANSPOSE, "input dim0 dim1", "transpose", torch.transpose, aten.transpose, "swapaxes", "swapdims",
+     torch.swapaxes, torch.swapdims)  # fmt: skip
+_row(Kind.TRANSPOSE, "input", "t", torch.t, aten.t)
+_row(Kind.PERMUTE, "input dims", "permute", torch.permute, aten.permute)
+_row(Kind.MATRIX_TRANSPOSE, "input", aten.mT)
+_row(Kind.UNSQUEEZE, "input dim", "unsqueeze", torch.unsqueeze, aten.unsqueeze)
+_row(Kind.SQUEEZE, "input dim", "squeeze", torch.squeeze, aten.squeeze)
+_row(Kind.GETITEM, "input index", operator.getitem)
+_row(Kind.REPEAT_INTERLEAVE, "input repeats dim", torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave)
+_row(Kind.RELU, "input", torch.relu, "relu", aten.relu, in_place=("relu_", aten.relu_, torch.relu_))
+_row(Kind.RELU, "input inplace", F.relu)
+_row(Kind.GELU, "input approximate", F.gelu, torch._C._nn.gelu, aten.gelu)
+_row(Kind.SILU, "input inplace", F.silu)
+_row(Kind.SILU, "input", torch._C._nn.silu, aten.silu, in_place=(aten.silu_,))
+_row(Kind.POW, "input exponent", torch.pow, "pow", operator.pow, aten.pow)
+_row(Kind.POW, "input", torch.square, "square", aten.square)
+_row(Kind.ASSERT, "input", aten._assert_tensor_metadata)
+_row(Kind.MODE, "mode", torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast,
+     torch.amp.autocast_mode._exit_autocast, torch.autograd.grad_mode._enter_inference_mode,
+     torch.autograd.grad_mode._exit_inference_mode)  # fmt: skip
+
+_MODULES: dict[type[nn.Module], tuple[Kind, Callable[[Any], dict[str, Any]]]] = {
+    nn.Softmax: (Kind.SOFTMAX, lambda m: {"dim": m.dim}),
+    nn.LogSoftmax: (Kind.LOG_SOFTMAX, lambda m: {"dim": m.dim}),
+    nn.Dropout: (Kind.DROPOUT, lambda m: {"p": m.p, "inplace": m.inplace}),
+    nn.Identity: (Kind.SAME, lambda m: {}),
+    nn.ReLU: (Kind.RELU, lambda m: {"inplace": m.inplace}),
+    nn.GELU: (Kind.GELU, lambda m: {"approximate": m.approximate}),
+    nn.SiLU: (Kind.SILU, lambda m: {"inplace": m.inplace}),
+    nn.Tanh: (Kind.TANH, lambda m: {}),
+    nn.Linear: (Kind.LINEAR, lambda m: {}),
+}
+_LISTED = {"size", "dims"}  # parameters that take what is left of the positional arguments
+
+
+def read(node: Any) -> Call | None:
+    """The meaning of a node, or None."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "call_module":
+        return _read_module(node)
+    if node.op == "call_function" and node.target is getattr:
+        is_transpose = len(node.args) == 2 and node.args[1] == "mT"
+        return Call(Kind.MATRIX_TRANSPOSE, node, {"input": node.args[0]}) if is_transpose else None
+    row = _find_row(node)
+    if row is None:
+        return None
+    arguments = _bind(row, node)
+    if arguments is None or not isinstance(arguments.get("input", node), fx.Node) and row.kind not in _SCALAR_FIRST:
+        return None
+    if node.target in ("float", "half", "bfloat16", "double"):
+        arguments["dtype"] = _CAST_METHODS[node.target]
+    if node.target == "type_as" or (row.kind == Kind.CAST and isinstance(arguments.get("dtype"), fx.Node)):
+        arguments["dtype"] = None  # that of another tensor: metadata tells
+    return Call(row.kind, node, arguments, row.in_place or arguments.get("inplace") is True)
+
+
+_CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_SCALAR_FIRST = (Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.WHERE, Kind.MODE)
+
+
+def _find_row(node: fx.Node) -> _Row | None:
+    if node.op == "call_method":
+        return _METHODS.get(node.target)  # type: ignore[arg-type]
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target.overloadpacket is aten.max and target._overloadname != "dim":
+            return None
+        if target.overloadpacket is aten.to and target._overloadname == "other":
+            return _Row(Kind.CAST, ("input", "other", "non_blocking", "copy"))
+        if target.overloadpacket is aten.to and target._overloadname == "device":
+            return _Row(Kind.CAST, ("input", "device", "dtype", "non_blocking", "copy"))
+        return _FUNCTIONS.get(target.overloadpacket)
+    try:
+        return _FUNCTIONS.get(target)
+    except TypeError:  # not hashable
+        return None
+
+
+def _bind(row: _Row, node: fx.Node) -> dict[str, Any] | None:
+    """Arguments by name; None if one is not in the table."""
+    arguments: dict[str, Any] = {}
+    if row.kind == Kind.MODE:
+        return {"mode": node.args}
+    if row.kind == Kind.EINSUM:
+        equation, *operands = node.args
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = list(operands[0])
+        return {"equation": equation, "operands": operands} if not node.kwargs.get("path") else None
+    positional = list(node.args)
+    if row.kind == Kind.CAST and len(positional) > 1:
+        return {"input": positional[0], "dtype": _cast_dtype(node)}
+    if len(positional) > len(row.parameters):
+        if row.parameters[-1] not in _LISTED:
+            return None
+        last = len(row.parameters) - 1
+        positional = [*positional[:last], tuple(positional[last:])]
+    arguments.update(zip(row.parameters, positional, strict=False))
+    for name, value in node.kwargs.items():
+        name = _SAME_NAMES.get(name, name)
+        if name in row.parameters or (row.kind == Kind.CAST and name == "dtype"):
+            arguments[name] = value
+        elif name not in _IGNORED and value is not None:
+            return None
+    return arguments
+
+
+def _cast_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype named among the arguments of a cast, if one is."""
+    for argument in (*node.args[1:], *node.kwargs.values()):
+        if isinstance(argument, torch.dtype):
+            return argument
+    return None
+
+
+def _read_module(node: fx.Node) -> Call | None:
+    module = _module_of(node)
+    entry = _MODULES.get(type(module))
+    if module is None or entry is None or len(node.args) != 1 or node.kwargs:
+        return None
+    kind, arguments = entry
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    bound = {"input": node.args[0], "module": module, **arguments(module)}
+    return Call(kind, node, bound, bound.get("inplace") is True)
+
+
+def _module_of(node: fx.Node) -> nn.Module | None:
+    owner = node.graph.owning_module
+    return owner.get_submodule(str(node.target)) if owner is not None else None

@@ -1,0 +1,254 @@
+"""Writes a site's top-k op into the graph. Everything was decided when the site was found; this only puts it down."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from topk_fx.config import Keep, as_ratio, kept_count
+from topk_fx.reference import compute
+from topk_fx.score import Operand, Score, Step
+
+from .dialect import Kind, read
+from .emit import EmitError, Emitter
+from .layout import Layout
+from .mutation import mutated_arguments
+from .sites import AttentionSite, Factor, FFNSite, LinearLayer, Term
+from .values import is_scalar, shape_of, value_of
+
+aten = torch.ops.aten
+
+
+def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
+    """Puts `topk_fx::attention` in the place of a site and returns its node.
+
+    Raises:
+        EmitError: the op cannot be written down here, or would not have the shape of what it replaces; the graph is
+            as it was.
+    """
+    emit = Emitter(site.output)
+    try:
+        output = _emit_attention(emit, site, keep)
+        _check_shape(emit, output, site.output)
+    except Exception as error:
+        emit.undo()
+        raise error if isinstance(error, EmitError) else EmitError(f"{type(error).__name__}: {error}") from error
+    op = next(node for node in emit.emitted if node.target is torch.ops.topk_fx.attention.default)
+    _replace(site.output, output, site.interior)
+    _erase_dead(emit.emitted)
+    return op
+
+
+def rewrite_ffn(site: FFNSite, keep: Keep) -> fx.Node:
+    """Puts `topk_fx::ffn` in the place of a site and returns its node; EmitError as `rewrite_attention`."""
+    emit = Emitter(site.output)
+    try:
+        assert site.up.shape is not None
+        layers = [_emit_layer(emit, layer) for layer in (site.up, site.gate, site.down)]
+        kept = kept_count(keep, site.up.shape[0])
+        arguments = (site.input, *layers[0], *layers[1], *layers[2], site.activation, kept)
+        dropout = _emit_dropout(emit, site.dropout_p, site.dropout_module)
+        output = emit.call(torch.ops.topk_fx.ffn.default, *arguments, *dropout, name="ffn")
+        _check_shape(emit, output, site.output)
+    except Exception as error:
+        emit.undo()
+        raise error if isinstance(error, EmitError) else EmitError(f"{type(error).__name__}: {error}") from error
+    _replace(site.output, output, site.interior)
+    return output
+
+
+def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
+    score, weights = site.score_layout, site.weight_layout
+    query = _to_softmax(emit, _arrange(emit, site.query), score, site.start_axes)
+    key = _to_softmax(emit, _arrange(emit, site.key), score, site.start_axes)
+    key = emit.transpose_last(key)
+    value = _to_softmax(emit, _arrange(emit, site.value), weights.inverse(score.axes), weights.axes, score)
+    value = emit.transpose_last(value)
+    text, operands = _emit_score(emit, site, query)
+    scale = site.scale
+    if site.scale_divides:
+        scale = emit.call(operator.truediv, 1.0, scale)
+    arguments: list[Any] = [query, key, value, operands, text, scale, emit_kept_keys(emit, key, keep)]
+    arguments += _emit_dropout(emit, site.dropout_p, site.dropout_module)
+    kwargs = {"zero_empty_rows": True} if site.zero_empty_rows else {}
+    output = emit.call(torch.ops.topk_fx.attention.default, *arguments, name="attention", **kwargs)
+    output = _from_last(emit, output, score)
+    output, _ = weights.apply(emit, output, score.axes)
+    return output if site.output_order is None else emit.permute(output, site.output_order)
+
+
+def _arrange(emit: Emitter, factor: Factor) -> fx.Node:
+    """A factor with its axes in the order in which its product has them."""
+    x = factor.node
+    if factor.order is not None:
+        x = emit.permute(x, [axis for axis in factor.order if axis is not None])
+        for position, axis in enumerate(factor.order):
+            if axis is None:
+                x = emit.call(aten.unsqueeze.default, x, position)
+    return emit.transpose_last(x) if factor.transposed else x
+
+
+def _to_softmax(
+    emit: Emitter, x: fx.Node, layout: Layout, axes: tuple[int, int], end: Layout | None = None
+) -> fx.Node:
+    """x brought along `layout` to the softmax, and its axes i and j put last."""
+    end = end or layout
+    x, _ = layout.apply(emit, x, axes)
+    order = _last_order(end)
+    if order is None:
+        return x
+    if end.rank is None:
+        return emit.transpose_last(x)
+    return emit.permute(emit.pad(x, end.rank), order)
+
+
+def _from_last(emit: Emitter, x: fx.Node, layout: Layout) -> fx.Node:
+    """x [..., i, j] with its axes where the softmax has them."""
+    order = _last_order(layout)
+    if order is None:
+        return x
+    if layout.rank is None:
+        return emit.transpose_last(x)
+    return emit.permute(x, [order.index(axis) for axis in range(layout.rank)])
+
+
+def _last_order(layout: Layout) -> list[int] | None:
+    """The permutation that puts the axes i and j at the end of a layout last; None if they stand there."""
+    if layout.rank is None:
+        return None if layout.axes == (-2, -1) else [-1, -2]
+    i, j = (axis % layout.rank for axis in layout.axes)
+    order = [*(axis for axis in range(layout.rank) if axis not in (i, j)), i, j]
+    return None if order == sorted(order) else order
+
+
+def _emit_score(emit: Emitter, site: AttentionSite, query: fx.Node) -> tuple[str, list[fx.Node]]:
+    """The score function as text, and the operands that it names."""
+    operands: list[fx.Node] = []
+    steps = []
+    for step in site.steps:
+        arguments: list[float | Operand] = []
+        for argument in step.arguments:
+            if not isinstance(argument, Term):
+                arguments.append(argument)
+                continue
+            node = _emit_term(emit, site, argument, query)
+            if node not in operands:
+                operands.append(node)
+            arguments.append(Operand(operands.index(node)))
+        steps.append(Step(step.name, tuple(arguments)))
+    return str(Score(tuple(steps))), operands
+
+
+def _emit_term(emit: Emitter, site: AttentionSite, term: Term, query: fx.Node) -> fx.Node:
+    node = term.node
+    if is_scalar(node):
+        value = value_of(query)
+        where = {"dtype": compute(value).dtype, "device": value.device} if value is not None else {}
+        node = emit.call(aten.scalar_tensor.default, node, **where)
+    if term.multiplier != 1:
+        node = emit.call(aten.mul.Scalar, node, term.multiplier)
+    if term.negated:
+        node = emit.call(aten.neg.default, node)
+    layout = site.score_layout
+    if term.stage == len(layout.moves) and _last_order(layout) is None:
+        return node
+    start = Layout((), site.start_axes, _start_rank(layout))
+    for move in layout.moves[: term.stage]:
+        start = start.then(move)
+    remaining = Layout(layout.moves[term.stage :], start.axes, start.rank)
+    node = emit.pad(node, start.rank or 2)
+    return _to_softmax(emit, node, remaining, start.axes, layout)
+
+
+def _start_rank(layout: Layout) -> int | None:
+    if not layout.moves:
+        return layout.rank
+    first = layout.moves[0]
+    return len(first.before) if hasattr(first, "before") else len(first.dims)
+
+
+def emit_kept_keys(emit: Emitter, key: fx.Node, keep: Keep) -> Any:
+    """k as the op takes it: a number, or nodes that compute it from a key count known only at run time."""
+    if isinstance(keep, int):
+        return keep
+    shape = shape_of(key)
+    if shape is not None and isinstance(shape[-2], int):
+        return max(1, kept_count(keep, shape[-2]))
+    count = emit.call(aten.sym_size.int, key, -2)
+    if keep == "all":
+        return count
+    assert isinstance(keep, float)
+    numerator, denominator = as_ratio(keep)
+    scaled = emit.call(operator.mul, count, numerator)
+    return emit.call(operator.floordiv, emit.call(operator.add, scaled, denominator - 1), denominator)
+
+
+def _emit_dropout(emit: Emitter, p: Any, module: fx.Node | None) -> list[Any]:
+    """The dropout argument, if there is one; a dropout module is asked at run time whether it is training."""
+    if module is None:
+        return [p] if p else []
+    with emit.graph.inserting_before(emit.before):
+        owner = emit.graph.create_node("get_attr", str(module.target))
+    emit.emitted.append(owner)
+    training = emit.call(getattr, owner, "training")
+    return [emit.call(operator.mul, p, training)]
+
+
+def _emit_layer(emit: Emitter, layer: LinearLayer | None) -> tuple[fx.Node | None, fx.Node | None]:
+    if layer is None:
+        return None, None
+    if layer.module_call is None:
+        return layer.weight, layer.bias
+    nodes = []
+    for name in ("weight", "bias") if layer.has_bias else ("weight",):
+        with emit.graph.inserting_before(emit.before):
+            node = emit.graph.create_node("get_attr", f"{layer.module_call.target}.{name}")
+        emit.emitted.append(node)
+        nodes.append(node)
+    return nodes[0], nodes[1] if layer.has_bias else None
+
+
+def _check_shape(emit: Emitter, new: fx.Node, old: fx.Node) -> None:
+    before, after = shape_of(old), shape_of(new)
+    if before is None or after is None:
+        return
+    if len(before) != len(after) or not all(
+        statically_known_true(a == b) for a, b in zip(before, after, strict=True)
+    ):
+        raise EmitError(f"the top-k op would have the shape {tuple(after)}, and {old.name} has {tuple(before)}")
+
+
+def _replace(old: fx.Node, new: fx.Node, interior: tuple[fx.Node, ...]) -> None:
+    """Puts `new` in the place of `old` and erases what only the dense form needed."""
+    for key, value in old.meta.items():
+        if key not in ("source_fn_stack", "torch_fn", "from_node"):
+            new.meta[key] = value
+    old.replace_all_uses_with(new)
+    inputs = [x for node in interior for x in node.all_input_nodes if x not in interior]
+    for node in reversed(interior):
+        for user in list(node.users):
+            call = read(user)
+            if call is not None and call.kind == Kind.ASSERT:
+                user.graph.erase_node(user)
+        node.graph.erase_node(node)
+    _erase_dead(inputs)
+
+
+def _erase_dead(nodes: Sequence[fx.Node]) -> None:
+    """Erases those of `nodes` that nothing uses any more, and then what only they used."""
+    pending = list(nodes)
+    erased: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in erased or node.users or node.op in ("placeholder", "output") or node.is_impure():
+            continue
+        if mutated_arguments(node):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
+        erased.add(node)

@@ -1,0 +1,119 @@
+"""What finding gives to rewriting: a site that holds every fact needed, or a refusal that says why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+
+from .layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A softmax, attention call or FFN that stays dense: a snake_case reason, a sentence for the model's owner, the node."""
+
+    reason: str
+    detail: str
+    node: fx.Node
+
+
+class Refuse(Exception):
+    """Raised while a candidate is read; caught where the candidate was taken up, and turned into a Refusal."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A node as one factor of a product: its axes put in `order` (None is a new axis of size 1), then the last two swapped."""
+
+    node: fx.Node
+    order: tuple[int | None, ...] | None = None
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A tensor that a score step reads. `stage`: how many moves of the scores precede the step."""
+
+    node: fx.Node
+    stage: int
+    negated: bool = False
+    inverted: bool = False
+    multiplier: Any = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreStep:
+    """A step of the score language with nodes for operands; a scalar node is a number known only at run time."""
+
+    name: str
+    arguments: tuple[float | Term, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """softmax(score(scale * Q K^T)) V, whatever its spelling.
+
+    The scores move along `score_layout` from the product to the softmax and along `weight_layout` from there to the
+    product with V. scores_shape is [*others, Lq, Lk]; it and the sizes are None where tracing recorded none. The factors
+    stand in the axes of their product: the query has D in the place of the key axis, the
+    key D in that of the query axis, the value Dv in that of the query axis.
+    """
+
+    anchor: fx.Node
+    output: fx.Node
+    query: Factor
+    key: Factor
+    value: Factor
+    start_axes: tuple[int, int]
+    score_layout: Layout
+    weight_layout: Layout
+    output_order: tuple[int, ...] | None
+    scale: float | fx.Node
+    scale_divides: bool
+    steps: tuple[ScoreStep, ...]
+    dropout_p: float | fx.Node
+    dropout_module: fx.Node | None
+    zero_empty_rows: bool
+    interior: tuple[fx.Node, ...]
+    scores_shape: tuple[Any, ...] | None
+    head_size: Any
+    value_size: Any
+    kind: str = "attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer: its weight and bias as nodes, or the call of the module that owns them."""
+
+    weight: fx.Node | None
+    bias: fx.Node | None
+    module_call: fx.Node | None
+    shape: tuple[Any, ...] | None
+    has_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNSite:
+    """down(dropout(act(up(x)))), or with a gate down(dropout(act(gate(x)) * up(x)))."""
+
+    anchor: fx.Node
+    output: fx.Node
+    input: fx.Node
+    up: LinearLayer
+    gate: LinearLayer | None
+    down: LinearLayer
+    activation: str
+    dropout_p: float | fx.Node
+    dropout_module: fx.Node | None
+    interior: tuple[fx.Node, ...]
+    tokens_shape: tuple[Any, ...] | None
+    kind: str = "ffn"
+
+
+Site = AttentionSite | FFNSite

@@ -1,0 +1,95 @@
+"""softmax in its spellings: the function, log_softmax().exp(), and exp(x) / exp(x).sum() written out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from .dialect import Call, Kind, read
+from .mutation import is_mutated
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """A softmax over `dim` of `input`; `output` is its result, `interior` every node it is made of."""
+
+    input: fx.Node
+    dim: Any
+    output: fx.Node
+    interior: tuple[fx.Node, ...]
+
+
+def find_softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
+    """Every softmax of a graph, in order."""
+    for node in graph.nodes:
+        call = read(node)
+        if call is None:
+            continue
+        match call.kind:
+            case Kind.SOFTMAX:
+                yield Softmax(call["input"], call.get("dim"), node, (node,))
+            case Kind.EXP:
+                found = _exp_of_log_softmax(call)
+                if found is not None:
+                    yield found
+            case Kind.DIV:
+                found = _exp_over_sum(call)
+                if found is not None:
+                    yield found
+
+
+def _exp_of_log_softmax(exp: Call) -> Softmax | None:
+    inner = read(exp["input"])
+    if inner is None or inner.kind != Kind.LOG_SOFTMAX:
+        return None
+    return Softmax(inner["input"], inner.get("dim"), exp.node, (inner.node, exp.node))
+
+
+def _exp_over_sum(div: Call) -> Softmax | None:
+    """exp(x) / exp(x).sum(dim, keepdim=True), with or without the row maximum subtracted from x."""
+    exp, total = read(div["input"]), read(div.get("other"))
+    if exp is None or total is None or exp.kind != Kind.EXP or total.kind != Kind.SUM or div.get("rounding_mode"):
+        return None
+    if total["input"] is not exp.node or not total.get("keepdim") or is_mutated(exp.node) or is_mutated(total.node):
+        return None
+    dim = _one_dim(total.get("dim"))
+    if dim is None:
+        return None
+    interior = [exp.node, total.node, div.node]
+    source = exp["input"]
+    shift = read(source)
+    if shift is not None and shift.kind == Kind.SUB and shift.get("alpha", 1) == 1:
+        maximum = _row_maximum(shift["input"], shift["other"], dim)
+        if maximum is not None:
+            interior += [shift.node, *maximum]
+            source = shift["input"]
+    return Softmax(source, dim, div.node, tuple(interior))
+
+
+def _row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:
+    """The nodes that compute the maximum of x over dim, kept as a dimension, if `maximum` is that."""
+    nodes: list[fx.Node] = []
+    call = read(maximum)
+    if isinstance(maximum, fx.Node) and maximum.op == "call_method" and maximum.target == "detach":
+        nodes.append(maximum)
+        call = read(maximum.args[0])
+    if isinstance(maximum, fx.Node) and call is None and maximum.target is getattr and maximum.args[1] == "values":
+        nodes.append(maximum)
+        call = read(maximum.args[0])
+    elif call is not None and call.kind == Kind.GETITEM and call.get("index") == 0:
+        nodes.append(call.node)
+        call = read(call["input"])
+    if call is None or call.kind not in (Kind.AMAX, Kind.MAX) or call["input"] is not x or not call.get("keepdim"):
+        return None
+    if _one_dim(call.get("dim")) != dim:
+        return None
+    return [*nodes, call.node]
+
+
+def _one_dim(dim: Any) -> int | None:
+    if isinstance(dim, (list, tuple)):
+        dim = dim[0] if len(dim) == 1 else None
+    return dim if isinstance(dim, int) and not isinstance(dim, bool) else None

@@ -1,0 +1,163 @@
+"""The pass: finds, judges and rewrites every candidate of a graph and of its child graphs, and reports on each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from topk_fx.config import Keep, TopKConfig, kept_count
+from topk_fx.report import RewriteReport
+from topk_fx.report import Site as SiteReport
+
+from .attention import find_attention, find_sdpa
+from .dialect import Kind, read
+from .emit import EmitError
+from .ffn import find_ffns
+from .judge import ffn_keep, judge_attention, judge_ffn
+from .rewrite import rewrite_attention, rewrite_ffn
+from .sites import AttentionSite, FFNSite, Refusal
+from .softmax import find_softmaxes
+from .values import dtype_of, shape_of, value_of
+from .where import module_path
+
+_INDEX_BYTES = _WEIGHT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKPass:
+    """Rewrites attention and FFN sites of a GraphModule, in place, to top-k ops.
+
+    `lowering` is the name of what will compute them, and `pays` tells whether it would beat the dense form.
+    """
+
+    config: TopKConfig
+    lowering: str
+    pays: Any
+    name: str = "topk"
+
+    def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:
+        """Rewrites `module` and its child graphs; a graph without a rewritten site is not touched."""
+        sites: list[SiteReport] = []
+        for child in _graph_modules(module):
+            reports = list(self._rewrite_graph(child.graph))
+            if any(report.rewritten for report in reports):
+                child.graph.lint()
+                child.recompile()
+            sites += reports
+        return RewriteReport(tuple(sites), graph_name)
+
+    def _rewrite_graph(self, graph: fx.Graph) -> Iterator[SiteReport]:
+        order = {node: position for position, node in enumerate(graph.nodes)}
+        found = sorted(find_sites(graph, order), key=lambda site: order[_anchor(site)])
+        for site in found:
+            if isinstance(site, Refusal):
+                yield _refused(site, "attention" if read(site.node).kind != Kind.LINEAR else "ffn")  # type: ignore[union-attr]
+            elif isinstance(site, AttentionSite):
+                yield self._rewrite_attention(site)
+            else:
+                yield self._rewrite_ffn(site)
+
+    def _rewrite_attention(self, site: AttentionSite) -> SiteReport:
+        where = module_path(site.anchor)
+        config = self.config.at(where)
+        facts = _attention_facts(site, config.k)
+        refusal = judge_attention(site, config, self.pays("attention", site.scores_shape, config.k))
+        if refusal is not None:
+            return _refused(refusal, "attention", where, **facts)
+        try:
+            op = rewrite_attention(site, config.k)
+        except EmitError as error:
+            return _refused(Refusal("not_expressible", str(error), site.anchor), "attention", where, **facts)
+        facts["mask_bytes"] = _mask_bytes(op)
+        return SiteReport("attention", True, "", "", where, op.name, k=str(config.k), lowering=self.lowering, **facts)
+
+    def _rewrite_ffn(self, site: FFNSite) -> SiteReport:
+        where = module_path(site.anchor)
+        config = self.config.at(where)
+        facts = _ffn_facts(site, ffn_keep(config))
+        refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config)))
+        if refusal is not None:
+            return _refused(refusal, "ffn", where, **facts)
+        try:
+            op = rewrite_ffn(site, ffn_keep(config))
+        except EmitError as error:
+            return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
+        return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts)
+
+
+def find_sites(graph: fx.Graph, order: dict[fx.Node, int]) -> Iterator[AttentionSite | FFNSite | Refusal]:
+    """Every candidate of one graph: each softmax and SDPA call, and each FFN, as a site or as a refusal."""
+    for softmax in find_softmaxes(graph):
+        yield find_attention(softmax, order)
+    for node in graph.nodes:
+        call = read(node)
+        if call is not None and call.kind == Kind.ATTENTION:
+            yield find_sdpa(call, order)
+    yield from find_ffns(graph, order)
+
+
+def _anchor(site: AttentionSite | FFNSite | Refusal) -> fx.Node:
+    return site.node if isinstance(site, Refusal) else site.anchor
+
+
+def _graph_modules(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The module and every GraphModule inside it, each once: bodies of checkpoints, of grad modes, of loops."""
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule):
+            yield child
+
+
+def _refused(refusal: Refusal, kind: str, where: str | None = None, **facts: Any) -> SiteReport:
+    where = module_path(refusal.node) if where is None else where
+    return SiteReport(kind, False, refusal.reason, refusal.detail, where, refusal.node.name, **facts)
+
+
+def _attention_facts(site: AttentionSite, keep: Keep) -> dict[str, Any]:
+    shape = site.scores_shape
+    if shape is None:
+        return {}
+    shapes = {"scores": _text(shape), "D": str(site.head_size)}
+    if site.value_size not in (None, site.head_size):
+        shapes["Dv"] = str(site.value_size)
+    dtype = dtype_of(site.output)
+    itemsize = dtype.itemsize if dtype is not None else _WEIGHT_BYTES
+    return {"shapes": shapes, **_sizes(shape[:-1], shape[-1], keep, itemsize)}
+
+
+def _ffn_facts(site: FFNSite, keep: Keep) -> dict[str, Any]:
+    if site.tokens_shape is None or site.up.shape is None:
+        return {}
+    dtype = dtype_of(site.output)
+    itemsize = dtype.itemsize if dtype is not None else _WEIGHT_BYTES
+    shapes = {"tokens": _text(site.tokens_shape), "hidden": str(site.up.shape[0])}
+    return {"shapes": shapes, **_sizes(site.tokens_shape, site.up.shape[0], keep, itemsize)}
+
+
+def _sizes(rows: tuple[Any, ...], total: Any, keep: Keep, itemsize: int) -> dict[str, int]:
+    """Bytes of the dense matrix [rows, total], and of an index and a weight for each kept entry."""
+    if not all(isinstance(size, int) for size in (*rows, total)):
+        return {}
+    kept = min(kept_count(keep, total), total)
+    count = math.prod(rows)
+    return {"dense_bytes": count * total * itemsize, "topk_bytes": count * kept * (_INDEX_BYTES + _WEIGHT_BYTES)}
+
+
+def _mask_bytes(op: fx.Node) -> int | None:
+    """Bytes of the operands that have both a query and a key axis."""
+    total = 0
+    operands: Any = op.args[3]
+    for operand in operands:
+        shape = shape_of(operand)
+        if shape is None or not all(isinstance(size, int) for size in shape):
+            return None
+        if len(shape) >= 2 and shape[-1] > 1 and shape[-2] > 1:
+            total += math.prod(shape) * value_of(operand).element_size()
+    return total
+
+
+def _text(shape: tuple[Any, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

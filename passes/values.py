@@ -1,0 +1,112 @@
+"""What is known about the values in a graph: shapes, dtypes, and which of them are numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .mutation import is_mutated
+
+aten = torch.ops.aten
+
+
+def value_of(node: Any) -> Any:
+    """What tracing recorded as the node's value: a fake tensor, a symbolic number, or None."""
+    if not isinstance(node, fx.Node):
+        return node
+    for name in ("val", "example_value"):
+        if name in node.meta:
+            return node.meta[name]
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        return attribute_of(node)
+    return None
+
+
+def attribute_of(node: fx.Node) -> Any:
+    """The parameter, buffer or module that a get_attr node fetches."""
+    value: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def shape_of(node: Any) -> tuple[Any, ...] | None:
+    """The shape of a tensor node, if tracing recorded it."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a tensor node, if tracing recorded it."""
+    value = value_of(node)
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+_SCALAR_FUNCTIONS = {math.sqrt, math.log, math.exp, math.pow, float, int, torch.sym_float, torch.sym_sqrt, torch.sym_int}
+_SCALAR_OPERATORS = {operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.pow,
+                     operator.neg}  # fmt: skip
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value is a number at run time, and not a tensor."""
+    if not isinstance(value, fx.Node):
+        return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    recorded = value_of(value)
+    if recorded is not None:
+        return is_scalar(recorded)
+    if value.op == "call_method":
+        return value.target == "size" and len(value.args) == 2
+    if value.op != "call_function":
+        return False
+    if value.target in _SCALAR_FUNCTIONS:
+        return True
+    if value.target in _SCALAR_OPERATORS:
+        return all(map(is_scalar, value.args))
+    if value.target is operator.getitem:
+        source = value.args[0]
+        return isinstance(source, fx.Node) and (
+            (source.op == "call_method" and source.target == "size" and len(source.args) == 1)
+            or (source.target is getattr and source.args[1] == "shape")
+        )
+    return False
+
+
+def constant_of(value: Any) -> float | None:
+    """The number that a value is known to be, also when it stands in a tensor built from a number."""
+    if isinstance(value, (bool, torch.SymInt, torch.SymFloat)):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, fx.Node):
+        return None
+    recorded = value_of(value)
+    if isinstance(recorded, (int, float)) and not isinstance(recorded, bool):
+        return float(recorded)
+    return _filled_constant(value)
+
+
+@functools.cache
+def _fill_functions() -> dict[Any, int]:
+    """Functions whose result is one number everywhere, and the position of that number."""
+    return {torch.tensor: 0, torch.as_tensor: 0, torch.full: 1, aten.full: 1, aten.scalar_tensor: 0, torch.scalar_tensor: 0}
+
+
+def _filled_constant(node: fx.Node) -> float | None:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if node.op != "call_function" or target not in _fill_functions() or len(node.users) == 0:
+        return None
+    position = _fill_functions()[target]
+    number = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
+    if is_mutated(node) or isinstance(number, (bool, fx.Node)) or not isinstance(number, (int, float)):
+        return None
+    shape = shape_of(node)
+    if shape is not None and any(size != 1 for size in shape):
+        return None  # its shape may take part in broadcasting
+    return float(number)

@@ -1,0 +1,21 @@
+"""Where in a model a node comes from."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import fx
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that a node was traced in, such as `model.layers.0.self_attn`; "" if unknown."""
+    stack: Any = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    entry = list(stack.values())[-1]
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
+    path = re.sub(r"^L\.", "", path)
+    path = re.sub(r"^(L__self__|self|model_self)(\.|$)", "", path)
+    return re.sub(r"\._(modules|orig_mod)\b", "", path).replace("_modules.", "").removeprefix("_orig_mod.")

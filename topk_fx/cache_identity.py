@@ -1,0 +1,63 @@
+"""Keeps Inductor's caches right when topk_fx changes.
+
+Their keys know a graph, not the code behind an op: they would serve what an older version of topk_fx, or another
+lowering, compiled. So the version, the sources and the lowering's name go into the keys, by the way that is made for
+it: the uuid of a custom pass, which itself changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of every source file of topk_fx, its passes and its lowerings."""
+    digest = hashlib.sha256()
+    for folder in _source_folders():
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _source_folders() -> list[Path]:
+    from topk_fx import lowering, passes
+
+    folders = {Path(__file__).parent, *(Path(package.__path__[0]) for package in (passes, lowering))}
+    return sorted(folders)
+
+
+def cache_identity(lowering_name: str) -> str:
+    """What tells compiled code of this topk_fx and this lowering from any other."""
+    return f"topk_fx {lowering_name} {source_hash()}"
+
+
+def with_identity(options: dict[str, Any], identity: str) -> dict[str, Any]:
+    """Inductor's `options` with the identity in its cache keys. A pass of the user's own still runs and still counts."""
+    users_pass = options.get("post_grad_custom_pre_pass", inductor_config.post_grad_custom_pre_pass)
+    return {**options, "post_grad_custom_pre_pass": _Identity(identity, users_pass)}
+
+
+class _Identity(CustomGraphPass):
+    """Does nothing but be part of the key, and run the pass whose place it takes."""
+
+    def __init__(self, identity: str, users_pass: Any) -> None:
+        self.identity, self.users_pass = identity, users_pass
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.users_pass is not None:
+            self.users_pass(graph)
+
+    def uuid(self) -> Any:
+        if self.users_pass is None:
+            return self.identity
+        inner = self.users_pass.uuid() if isinstance(self.users_pass, CustomGraphPass) else None
+        return None if inner is None else (self.identity, inner)  # None: Inductor does not cache

@@ -1,0 +1,54 @@
+"""explain: what would be rewritten and what not, and why, without compiling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from .config import TopKConfig
+from .export import rewrite
+from .report import RewriteReport
+
+
+def explain(
+    model: Callable[..., Any] | fx.GraphModule | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    config: TopKConfig | None = None,
+    **options: Any,
+) -> RewriteReport:
+    """The report that `backend="topk"` would give, from tracing alone.
+
+    The model runs once, dense, so that tracing goes on after a graph break; nothing is compiled and nothing changed.
+
+    Args:
+        model: a module or function; or a GraphModule or ExportedProgram, which needs no arguments.
+        args: positional arguments of the model; a single tensor is taken as the only one.
+        kwargs: keyword arguments of the model.
+        config: a TopKConfig, or its fields as keyword arguments: `explain(model, args, k=64)`.
+
+    Raises:
+        ConfigError: an option is not accepted.
+    """
+    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+        return rewrite(model, config, **options)[1]
+    config = TopKConfig.from_options(options) if config is None else config.replace(**options)
+    reports: list[RewriteReport] = []
+
+    def record(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        reports.append(rewrite(graph, config)[1])
+        return graph.forward
+
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    torch.compile(model, backend=record)(*args, **(kwargs or {}))
+    sites = tuple(site for report in reports for site in report.sites)
+    graphs = f"{len(reports)} graph{'s' if len(reports) != 1 else ''} of {_name(model)}"
+    return RewriteReport(sites, graphs)
+
+
+def _name(model: Any) -> str:
+    return getattr(model, "__name__", type(model).__name__)

@@ -1,0 +1,121 @@
+"""What happened to each candidate of a graph, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One softmax, attention call or FFN of a graph.
+
+    Attributes:
+        kind: "attention" or "ffn".
+        rewritten: whether a top-k op stands in its place now.
+        reason: why not, as a snake_case code; "" if rewritten.
+        detail: a sentence for the model's owner.
+        where: the module path, such as "model.layers.0.self_attn"; "" if tracing recorded none.
+        node: the name of the graph's node that the candidate was found by.
+        shapes: sizes by name, as text: {"query": "[2, 8, 1024, 64]", ...}; empty if tracing recorded none.
+        k: keys kept per query or units kept per token, as text; "" if not rewritten.
+        lowering: what computes the op, and "" if not rewritten.
+        dense_bytes: of the scores (or hidden units) that the dense form holds; None if sizes are symbolic.
+        topk_bytes: of what the top-k op keeps of them for the backward; None if sizes are symbolic.
+        mask_bytes: of masks and biases that reach the op as tensors of queries x keys; None if sizes are symbolic.
+    """
+
+    kind: str
+    rewritten: bool
+    reason: str = ""
+    detail: str = ""
+    where: str = ""
+    node: str = ""
+    shapes: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    k: str = ""
+    lowering: str = ""
+    dense_bytes: int | None = None
+    topk_bytes: int | None = None
+    mask_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteReport:
+    """Every candidate of one graph (with its child graphs), in graph order. `print` it for a table."""
+
+    sites: tuple[Site, ...] = ()
+    graph: str = "graph"
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __add__(self, other: RewriteReport) -> RewriteReport:
+        return RewriteReport(self.sites + other.sites, self.graph)
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.rewritten)
+
+    @property
+    def left_dense(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if not site.rewritten)
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary(), *_table(self.sites)])
+
+    def summary(self) -> str:
+        """One line: how many candidates of each kind were rewritten, and the reasons for the others."""
+        if not self.sites:
+            return f"topk_fx: {self.graph}: no softmax, attention call or FFN found; nothing was changed"
+        parts = []
+        for kind in ("attention", "ffn"):
+            sites = [site for site in self.sites if site.kind == kind]
+            if sites:
+                parts.append(f"{sum(site.rewritten for site in sites)} of {len(sites)} {kind} sites rewritten")
+        reasons = Counter(site.reason for site in self.left_dense)
+        left = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        return f"topk_fx: {self.graph}: {'; '.join(parts)}" + (f"; left dense: {left}" if left else "")
+
+
+_COLUMNS = ("where", "kind", "shapes", "k", "dense", "top-k", "what was done")
+
+
+def _table(sites: tuple[Site, ...]) -> list[str]:
+    if not sites:
+        return []
+    rows = [_COLUMNS, *(_row(site) for site in sites)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    done = f"rewritten, {site.lowering}" if site.rewritten else f"left dense: {site.reason}"
+    if site.detail:
+        done += f" ({site.detail})"
+    return (
+        site.where or site.node,
+        site.kind,
+        " ".join(f"{name}{shape.replace(' ', '')}" for name, shape in site.shapes.items()),
+        site.k,
+        _bytes(site.dense_bytes),
+        _bytes(site.topk_bytes) if site.rewritten else "",
+        done,
+    )
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return ""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
