@@ -14,25 +14,35 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import EinsumAxes, read_move
 from .dialect import Call, Kind, read
-from .layout import Layout, LayoutError, Permute, View
+from .layout import Layout, LayoutError, Permute, View, whole_axis
 from .mutation import mutated_arguments, storage_roots
 from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
-from .softmax import Softmax
-from .values import constant_of, dtype_of, is_scalar, shape_of
+from .softmax import Softmax, row_maximum
+from .values import constant_of, dtype_of, filled_like, is_matrix, is_scalar, rank_of, shape_of, value_of
 
 Order = dict[fx.Node, int]
 _CHAIN = {
     Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.MASKED_FILL, Kind.WHERE, Kind.CAST,
     Kind.SAME, Kind.DROPOUT, Kind.VIEW, Kind.EXPAND, Kind.TRANSPOSE, Kind.PERMUTE, Kind.MATRIX_TRANSPOSE,
-    Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.GETITEM,
+    Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.GETITEM, Kind.ADDCMUL,
 }  # fmt: skip
 _PRODUCTS = {Kind.MATMUL, Kind.BADDBMM, Kind.EINSUM, Kind.ADDMM}
 _MOVES = {
     Kind.VIEW, Kind.TRANSPOSE, Kind.PERMUTE, Kind.MATRIX_TRANSPOSE, Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.EXPAND, Kind.GETITEM,
 }  # fmt: skip
+
+
+_SCORE_ARGUMENTS = {
+    Kind.WHERE: ("input", "other"),
+    Kind.ADD: ("input", "other"),
+    Kind.SUB: ("input", "other"),
+    Kind.MUL: ("input", "other"),
+    Kind.ADDCMUL: ("tensor1", "tensor2"),
+}
 
 
 def find_attention(softmax: Softmax, order: Order) -> AttentionSite | Refusal:
@@ -55,18 +65,12 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
     if not all(isinstance(call.get(name), fx.Node) for name in ("query", "key", "value")):
         return Refusal("not_tensors", f"an input of {call.node.name} is no tensor", call.node)
     if mask is not None:
-        dtype = dtype_of(mask)
-        if dtype is None:
-            return Refusal("mask_dtype_unknown", f"whether the mask {mask.name} is boolean was not traced", call.node)
-        term = Term(mask, stage=0)
-        steps.append(ScoreStep("keep", (term, -math.inf)) if dtype == torch.bool else ScoreStep("add", (term,)))
+        steps.append(ScoreStep("mask", (Term(mask, stage=0),)))
     if is_causal:
         steps.append(ScoreStep("causal"))
     scale: Any = call.get("scale")
     shape, key_shape = shape_of(call["query"]), shape_of(call["key"])
-    if scale is None:
-        if shape is None or not isinstance(shape[-1], int):
-            return Refusal("head_size_unknown", f"the head size of {call['query'].name} was not traced", call.node)
+    if scale is None and shape is not None and isinstance(shape[-1], int):
         scale = 1 / math.sqrt(shape[-1]) if shape[-1] else 1.0
     dropout_p = call.get("dropout_p", 0.0)
     layout = Layout(rank=None if shape is None else len(shape))
@@ -88,6 +92,7 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         dropout_module=None,
         zero_empty_rows=True,
         interior=(call.node,),
+        sizes=(),
         scores_shape=None if shape is None or key_shape is None else (*shape[:-1], key_shape[-2]),
         head_size=None if shape is None else shape[-1],
         value_size=_last_size(call["value"]),
@@ -131,6 +136,8 @@ class _Reader:
         self.softmax = softmax
         self.order = order
         self.interior: set[fx.Node] = set(softmax.interior)
+        self.sizes: list[fx.Node] = []  # symbolic sizes that the graph takes from the scores
+        self.dtypes_taken: list[fx.Node] = []  # tensors whose dtype a cast takes, in graphs that do not record dtypes
         self.passed: set[fx.Node] = set()  # looked through, but not part of the site: transposes and repeats of K, V
 
     def read(self) -> AttentionSite:
@@ -143,6 +150,7 @@ class _Reader:
         weight_layout, dropout_p, dropout_module, output, value, output_order = self._walk_forward(score_layout)
         if not weight_layout.moves and output_order is None:
             value = self._simplify(value)
+        self._check_dtypes((product.query.node, product.key.node, value.node))
         self._check_interior(output)
         scale, scale_divides, steps = _leading_scale(steps)
         site = AttentionSite(
@@ -162,6 +170,7 @@ class _Reader:
             dropout_module=dropout_module,
             zero_empty_rows=False,
             interior=tuple(sorted(self.interior, key=self.order.__getitem__)),
+            sizes=tuple(self.sizes),
             scores_shape=_scores_shape(shape_of(self.softmax.input), score_layout),
             head_size=_summed_size(product),
             value_size=_value_size(value),
@@ -175,9 +184,9 @@ class _Reader:
         dim = self.softmax.dim
         if not isinstance(dim, int) or isinstance(dim, bool):
             raise Refuse("softmax_dim_unknown", f"{self.softmax.output.name} does not say over which dimension it runs")
-        shape = shape_of(self.softmax.input)
-        if shape is not None:
-            return dim % len(shape)
+        rank = rank_of(self.softmax.input)
+        if rank is not None:
+            return dim % rank
         if dim >= 0:
             raise Refuse("shape_unknown", f"the rank of {self.softmax.input.name} was not traced, so dim={dim} may be any axis")
         return dim
@@ -192,17 +201,17 @@ class _Reader:
             node = self._current(node, user)
             call = read(node)
             if call is None:
-                raise self._no_product(node, events)
+                raise self._no_product(node)
             if call.kind in _PRODUCTS:
                 self.interior.add(node)
                 return node, events, key_axis
             source = self._score_source(call)
             if source is None:
-                raise self._no_product(node, events)
+                raise self._no_product(node)
             if call.kind in _MOVES:
                 key_axis = self._move_back(call, key_axis, events)
             else:
-                self._read_step(call, source, events)
+                self._read_step(call, source, events, key_axis)
             self.interior.add(node)
             user, node = node, source
 
@@ -223,8 +232,8 @@ class _Reader:
         ]
         return max(writers, key=self.order.__getitem__) if writers else node
 
-    def _no_product(self, node: fx.Node, events: list[_Event]) -> Refuse:
-        if _leads_to_product(node):
+    def _no_product(self, node: fx.Node) -> Refuse:
+        if _reaches_product(node):
             return Refuse("unknown_score_op", f"{_describe(node)} lies between the product and the softmax")
         return Refuse("not_attention", f"no product of query and key leads to {self.softmax.output.name}: {_describe(node)}")
 
@@ -232,8 +241,7 @@ class _Reader:
         """The argument that carries the scores; where two could, the one of full size, or the first."""
         if call.kind not in _CHAIN:
             return None
-        names = {Kind.WHERE: ("input", "other"), Kind.ADD: ("input", "other"), Kind.SUB: ("input", "other"),
-                 Kind.MUL: ("input", "other")}.get(call.kind, ("input",))  # fmt: skip
+        names = _SCORE_ARGUMENTS.get(call.kind, ("input",))
         sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and _leads_to_product(x)]
         if len(sources) == 2 and sources[0] is sources[1]:
             raise Refuse("unknown_score_op", f"{_describe(call.node)} uses the scores twice")
@@ -244,8 +252,12 @@ class _Reader:
             raise Refuse("inputs_written_between", f"{_describe(call.node)} writes the scores into another tensor")
         return chosen
 
-    def _read_step(self, call: Call, source: fx.Node, events: list[_Event]) -> None:
+    def _read_step(self, call: Call, source: fx.Node, events: list[_Event], key_axis: int) -> None:
         """Appends what an elementwise call does to the scores; nothing for casts and the like."""
+
+        def number(x: Any, **how: Any) -> Any:
+            filled = filled_like(x, source)
+            return self._number_or_operand(self._unexpanded(x, source) if filled is None else filled, **how)
 
         def step(name: str, *arguments: Any) -> None:
             events.append(_Event(step=(name, arguments)))
@@ -255,24 +267,31 @@ class _Reader:
                 other = call["other"] if call["input"] is source else call["input"]
                 alpha = call.get("alpha", 1)
                 if other is call.get("input"):
-                    step("add", self._number_or_operand(other))
+                    step("add", number(other))
                     if alpha != 1:
-                        step("mul", self._number_or_operand(alpha))
+                        step("mul", number(alpha))
                 else:
-                    step("add", self._number_or_operand(other, multiplier=alpha))
+                    step("add", number(other, multiplier=alpha))
             case Kind.SUB:
                 alpha = call.get("alpha", 1)
-                if call["input"] is source:
-                    step("add", self._number_or_operand(call["other"], negated=True, multiplier=alpha))
+                maximum = row_maximum(call["input"], call.get("other"), self._dim(call.node, key_axis))
+                if maximum is not None and alpha == 1:
+                    self.interior.update(maximum)  # softmax does not see what all keys of a row have in common
+                elif call["input"] is source:
+                    step("add", number(call["other"], negated=True, multiplier=alpha))
                 else:
-                    step("add", self._number_or_operand(call["input"]))
-                    step("mul", self._number_or_operand(alpha, negated=True))
+                    step("add", number(call["input"]))
+                    step("mul", number(alpha, negated=True))
             case Kind.MUL:
-                step("mul", self._number_or_operand(call["other"] if call["input"] is source else call["input"]))
+                step("mul", number(call["other"] if call["input"] is source else call["input"]))
             case Kind.DIV:
                 if call.get("rounding_mode") is not None:
                     raise Refuse("unknown_score_op", f"{_describe(call.node)} rounds the scores")
-                step("div", self._number_or_operand(call["other"]))
+                step("div", number(call["other"]))
+            case Kind.ADDCMUL:
+                step("add", number(call["input"]))
+                for factor in (call.get("value", 1), call["tensor2" if call["tensor1"] is source else "tensor1"]):
+                    step("mul", number(factor))
             case Kind.NEG:
                 step("mul", -1.0)
             case Kind.TANH:
@@ -280,11 +299,11 @@ class _Reader:
             case Kind.CLAMP:
                 step("clamp", *self._bounds(call))
             case Kind.MASKED_FILL:
-                step("fill", self._condition(call["mask"]), self._number_or_operand(call["value"]))
+                step("fill", self._condition(self._unexpanded(call["mask"], source)), number(call["value"]))
             case Kind.WHERE:
                 is_kept = call["input"] is source
                 other = call["other"] if is_kept else call["input"]
-                step("keep" if is_kept else "fill", self._condition(call["condition"]), self._number_or_operand(other))
+                step("keep" if is_kept else "fill", self._condition(self._unexpanded(call["condition"], source)), number(other))
             case Kind.CAST:
                 self._check_cast(call)
             case Kind.DROPOUT:
@@ -302,11 +321,18 @@ class _Reader:
             return -number * factor if negated else number * factor
         if isinstance(x, bool) or (not isinstance(x, fx.Node) and not is_scalar(x)):
             raise Refuse("unknown_score_op", f"the scores meet {x!r}, which is neither a number nor a tensor")
-        if dtype_of(x) == torch.bool:
-            raise Refuse("unknown_score_op", f"the scores meet the boolean tensor {x.name} as a number")
         if dtype_of(x) is not None and dtype_of(x).is_complex:  # type: ignore[union-attr]
             raise Refuse("unknown_score_op", f"the scores meet the complex tensor {x.name}")
         return _Operand(x, negated=negated, multiplier=multiplier)
+
+    def _unexpanded(self, x: Any, scores: fx.Node) -> Any:
+        """What a tensor was before it was expanded to the shape of the scores: operands broadcast by themselves."""
+        call = read(x)
+        if call is None or call.kind != Kind.EXPAND:
+            return x
+        shape, own = shape_of(x), shape_of(scores)
+        is_whole = call.get("other") is scores or (shape is not None and own is not None and _same_shape(shape, own))
+        return call["input"] if is_whole else x
 
     def _condition(self, x: Any) -> _Operand:
         if not isinstance(x, fx.Node) or dtype_of(x) not in (None, torch.bool):
@@ -325,16 +351,37 @@ class _Reader:
 
     def _check_cast(self, call: Call) -> None:
         dtype = dtype_of(call.node) or call.get("dtype")
-        named = call.get("dtype") or dtype
-        if isinstance(named, torch.dtype) and not named.is_floating_point:
-            raise Refuse("cast_not_floating", f"{_describe(call.node)} casts to {named}")
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise Refuse("cast_not_floating", f"{_describe(call.node)} casts to {dtype}")
         if dtype is None:
-            raise Refuse("shape_unknown", f"what {_describe(call.node)} casts to was not traced")
+            like = call.get("like")
+            if not isinstance(like, fx.Node):
+                raise Refuse("shape_unknown", f"what {_describe(call.node)} casts to was not traced")
+            self.dtypes_taken.append(like)
 
     def _check_same_shape(self, node: fx.Node, source: fx.Node) -> None:
         after, before = shape_of(node), shape_of(source)
         if after is not None and before is not None and not _same_shape(after, before):
             raise Refuse("mask_broadcasts_scores", f"{_describe(node)} enlarges the scores from {before} to {after}")
+
+    def _check_dtypes(self, factors: tuple[fx.Node, ...]) -> None:
+        """A dtype taken from a factor of the products, or from what it was computed of, is a floating-point one."""
+        floating = set(factors) | self.interior
+        pending = list(factors)
+        while pending:
+            call = read(pending.pop())
+            if call is not None and (call.kind in _MOVES or call.kind in (Kind.MUL, Kind.DIV, Kind.SAME, Kind.LINEAR)):
+                if isinstance(call.get("input"), fx.Node):
+                    floating.add(call["input"])
+                    pending.append(call["input"])
+        for like in self.dtypes_taken:
+            if like not in floating:
+                raise Refuse("shape_unknown", f"the dtype of {like.name}, to which the scores are cast, was not traced")
+
+    def _dim(self, node: fx.Node, key_axis: int) -> int:
+        """The key axis of a node as the model would write it: from the back."""
+        shape = shape_of(node)
+        return key_axis - len(shape) if shape is not None and key_axis >= 0 else key_axis
 
     def _dropout(self, call: Call) -> tuple[Any, fx.Node | None]:
         """The dropout probability of a call that is active, and the module that can switch it at run time."""
@@ -356,7 +403,7 @@ class _Reader:
         events.append(_Event(move=call))
         if isinstance(move, Permute):
             return move.dims[key_axis]
-        return _whole(move[1], move[0], key_axis)
+        return whole_axis(move[1], move[0], key_axis)
 
     # --- the product
 
@@ -368,15 +415,18 @@ class _Reader:
         left, right = (
             (call["input"], call["other"]) if call.kind == Kind.MATMUL else (call.get("left"), call.get("right"))
         )
-        shape = shape_of(node)
-        if shape is not None and (len(shape) < 2 or any(len(shape_of(x) or shape) < 2 for x in (left, right))):
-            raise Refuse("not_attention", f"{_describe(node)} is a product with a vector")
-        axis = key_axis - len(shape) if shape is not None and key_axis >= 0 else key_axis
+        rank = rank_of(node)
+        axis = key_axis - rank if rank is not None and key_axis >= 0 else key_axis
         if axis not in (-1, -2):
             raise Refuse(
                 "softmax_not_over_keys", f"{self.softmax.output.name} runs over a batch or head axis of {node.name}"
             )
         query, key = (left, right) if axis == -1 else (right, left)
+        shape = shape_of(node)
+        if not is_matrix(key) or (shape is not None and (len(shape) < 2 or not is_matrix(query))):
+            if rank_of(key) is None:
+                raise Refuse("shape_unknown", f"whether {key.name} is a matrix was not traced")
+            raise Refuse("not_attention", f"{_describe(node)} is a product with a vector")
         steps: tuple[ScoreStep, ...] = ()
         if call.kind in (Kind.BADDBMM, Kind.ADDMM):
             alpha, beta = constant_of(call.get("alpha", 1)), constant_of(call.get("beta", 1))
@@ -396,8 +446,7 @@ class _Reader:
 
     def _forward_order(self, product: _Product, events: list[_Event]) -> tuple[Layout, tuple[ScoreStep, ...]]:
         """The moves and steps from the product to the softmax, in the order in which the model does them."""
-        shape = shape_of(product.node)
-        rank = len(shape) if shape is not None else None
+        rank = rank_of(product.node)
         if product.first_moves:
             rank = len(product.first_moves[0].dims)
         layout = Layout((), product.axes, rank)
@@ -496,13 +545,24 @@ class _Reader:
     # --- proofs about the whole
 
     def _check_interior(self, output: fx.Node) -> None:
-        inside = {*self.interior, output}
-        for node in self.interior:
-            for user in node.users:
-                if user not in inside and not _is_assert(user):
-                    name = "the output" if user.op == "output" else user.name
-                    raise Refuse("scores_used_elsewhere", f"{node.name} is also used by {name}")
+        """Nothing but the attention may use the scores and probabilities; what only tells their shape dies with them."""
         self.interior.add(output)
+        pending = [user for node in self.interior - {output} for user in node.users if user not in self.interior]
+        while pending:
+            user = pending.pop()
+            if user in self.interior or user in self.sizes:
+                continue
+            if isinstance(value_of(user), torch.SymInt):
+                self.sizes.append(user)
+                continue
+            if user.op == "output" or user.is_impure() or mutated_arguments(user):
+                if not _is_assert(user):
+                    source = next(x for x in user.all_input_nodes if x in self.interior)
+                    name = "the output" if user.op == "output" else user.name
+                    raise Refuse("scores_used_elsewhere", f"{source.name} is also used by {name}")
+                continue
+            self.interior.add(user)
+            pending += user.users
 
     def _check_span(self, site: AttentionSite) -> None:
         """The op stands where the product with V stood, so nothing it reads may have changed in between."""
@@ -510,8 +570,10 @@ class _Reader:
         inputs |= {a.node for step in site.steps for a in step.arguments if isinstance(a, Term)}
         if isinstance(site.scale, fx.Node):
             inputs.add(site.scale)
-        if inputs & self.interior:
-            raise Refuse("scores_used_elsewhere", "the scores or probabilities are an input of their own attention")
+        needed = inputs & self.interior
+        if needed:
+            names = ", ".join(sorted(node.name for node in needed))
+            raise Refuse("scores_used_elsewhere", f"{names}, which the attention reads, is computed from its own scores")
         start = min(self.order[node] for node in self.interior | self.passed)
         end = self.order[site.output]
         roots: set[fx.Node] | None = None
@@ -572,12 +634,6 @@ def _move(call: Call, layout: Layout) -> Permute | View:
     return View.between(before, after, (query_axis, key_axis))
 
 
-def _whole(before: Any, after: Any, axis: int) -> int:
-    from .layout import whole_axis
-
-    return whole_axis(before, after, axis)
-
-
 def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
     """Whether a chain of calls that a score may pass leads back from node to a product."""
     call = read(node)
@@ -587,13 +643,19 @@ def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
         return True
     if call.kind not in _CHAIN:
         return False
-    arguments = (call.get(name) for name in ("input", "other"))
+    arguments = (call.get(name) for name in _SCORE_ARGUMENTS.get(call.kind, ("input",)))
     return any(isinstance(x, fx.Node) and _leads_to_product(x, depth - 1) for x in arguments)
 
 
-def _same_shape(a: Any, b: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+def _reaches_product(node: fx.Node, depth: int = 4) -> bool:
+    """Whether a product stands a few nodes back, whatever lies between."""
+    call = read(node)
+    if call is not None and call.kind in _PRODUCTS:
+        return True
+    return depth > 0 and any(_reaches_product(x, depth - 1) for x in node.all_input_nodes)
 
+
+def _same_shape(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 

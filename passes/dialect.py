@@ -62,6 +62,10 @@ class Kind(enum.Enum):
     POW = "power"
     ASSERT = "assertion"
     MODE = "change of grad mode or autocast"
+    ADDCMUL = "term plus scaled product of tensors"
+    LOGSUMEXP = "log of the sum of exp over dimensions"
+    FILLED_LIKE = "a number in the shape of a tensor"
+    OPAQUE = "attention inside one call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +114,13 @@ _row(Kind.BADDBMM, "input left right beta alpha", torch.baddbmm, "baddbmm", aten
 _row(Kind.ADDMM, "input left right beta alpha", torch.addmm, "addmm", aten.addmm)
 _row(Kind.EINSUM, "equation operands", torch.einsum, torch.functional.einsum, aten.einsum)
 _row(Kind.LINEAR, "input weight bias", F.linear, torch._C._nn.linear, aten.linear)
-_row(Kind.SOFTMAX, "input dim dtype", torch.softmax, "softmax", aten.softmax, torch.special.softmax)
+_row(Kind.SOFTMAX, "input dim dtype", torch.softmax, "softmax", aten.softmax, torch.special.softmax,
+     aten.special_softmax)  # fmt: skip
 _row(Kind.SOFTMAX, "input dim _stacklevel dtype", F.softmax)
 _row(Kind.SOFTMAX, "input dim half_to_float", aten._softmax)
 _row(Kind.SOFTMAX, "input dim dtype", aten._safe_softmax)
-_row(Kind.LOG_SOFTMAX, "input dim dtype", torch.log_softmax, "log_softmax", aten.log_softmax, torch.special.log_softmax)
+_row(Kind.LOG_SOFTMAX, "input dim dtype", torch.log_softmax, "log_softmax", aten.log_softmax,
+     torch.special.log_softmax, aten.special_log_softmax)  # fmt: skip
 _row(Kind.LOG_SOFTMAX, "input dim _stacklevel dtype", F.log_softmax)
 _row(Kind.LOG_SOFTMAX, "input dim half_to_float", aten._log_softmax)
 _row(Kind.ATTENTION, "query key value attn_mask dropout_p is_causal scale enable_gqa", F.scaled_dot_product_attention,
@@ -142,7 +148,7 @@ _row(Kind.MASKED_FILL, "input mask value", torch.masked_fill, "masked_fill", ate
 _row(Kind.WHERE, "condition input other", torch.where, aten.where)
 _row(Kind.DROPOUT, "input p training inplace", F.dropout)
 _row(Kind.DROPOUT, "input p training", torch.dropout, aten.dropout, in_place=(torch.dropout_, aten.dropout_))
-_row(Kind.CAST, "input dtype", "to", "type", aten._to_copy, aten.to, torch.ops.prims.convert_element_type, "type_as")
+_row(Kind.CAST, "input dtype", "to", "type", aten._to_copy, aten.to, torch.ops.prims.convert_element_type, "type_as", aten.type_as)
 _row(Kind.CAST, "input", "float", "half", "bfloat16", "double")
 _row(Kind.SAME, "input", "contiguous", "clone", torch.clone, aten.contiguous, aten.clone, aten.alias)
 _row(Kind.VIEW, "input size", "view", "reshape", torch.reshape, aten.view, aten.reshape, aten._unsafe_view)
@@ -160,6 +166,13 @@ _row(Kind.UNSQUEEZE, "input dim", "unsqueeze", torch.unsqueeze, aten.unsqueeze)
 _row(Kind.SQUEEZE, "input dim", "squeeze", torch.squeeze, aten.squeeze)
 _row(Kind.GETITEM, "input index", operator.getitem)
 _row(Kind.REPEAT_INTERLEAVE, "input repeats dim", torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave)
+_row(Kind.ADDCMUL, "input tensor1 tensor2 value", torch.addcmul, "addcmul", aten.addcmul)
+_row(Kind.LOGSUMEXP, "input dim keepdim", torch.logsumexp, "logsumexp", aten.logsumexp, torch.special.logsumexp)
+_row(Kind.FILLED_LIKE, "input fill_value", torch.full_like, aten.full_like)
+_row(Kind.FILLED_LIKE, "input", torch.zeros_like, torch.ones_like, aten.zeros_like, aten.ones_like)
+_row(Kind.OPAQUE, "query key value", F.multi_head_attention_forward, F.gumbel_softmax, nn.MultiheadAttention,
+     torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention, aten._native_multi_head_attention,
+     aten._transformer_encoder_layer_fwd)  # fmt: skip
 _row(Kind.RELU, "input", torch.relu, "relu", aten.relu, in_place=("relu_", aten.relu_, torch.relu_))
 _row(Kind.RELU, "input inplace", F.relu)
 _row(Kind.GELU, "input approximate", F.gelu, torch._C._nn.gelu, aten.gelu)
@@ -183,6 +196,8 @@ _MODULES: dict[type[nn.Module], tuple[Kind, Callable[[Any], dict[str, Any]]]] = 
     nn.Tanh: (Kind.TANH, lambda m: {}),
     nn.Linear: (Kind.LINEAR, lambda m: {}),
 }
+_OPAQUE_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder,
+                   nn.TransformerDecoder, nn.Transformer)  # fmt: skip
 _LISTED = {"size", "dims"}  # parameters that take what is left of the positional arguments
 
 
@@ -203,13 +218,11 @@ def read(node: Any) -> Call | None:
         return None
     if node.target in ("float", "half", "bfloat16", "double"):
         arguments["dtype"] = _CAST_METHODS[node.target]
-    if node.target == "type_as" or (row.kind == Kind.CAST and isinstance(arguments.get("dtype"), fx.Node)):
-        arguments["dtype"] = None  # that of another tensor: metadata tells
     return Call(row.kind, node, arguments, row.in_place or arguments.get("inplace") is True)
 
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-_SCALAR_FIRST = (Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.WHERE, Kind.MODE)
+_SCALAR_FIRST = (Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.WHERE, Kind.MODE, Kind.OPAQUE)
 
 
 def _find_row(node: fx.Node) -> _Row | None:
@@ -221,10 +234,6 @@ def _find_row(node: fx.Node) -> _Row | None:
     if isinstance(target, torch._ops.OpOverload):
         if target.overloadpacket is aten.max and target._overloadname != "dim":
             return None
-        if target.overloadpacket is aten.to and target._overloadname == "other":
-            return _Row(Kind.CAST, ("input", "other", "non_blocking", "copy"))
-        if target.overloadpacket is aten.to and target._overloadname == "device":
-            return _Row(Kind.CAST, ("input", "device", "dtype", "non_blocking", "copy"))
         return _FUNCTIONS.get(target.overloadpacket)
     try:
         return _FUNCTIONS.get(target)
@@ -237,14 +246,16 @@ def _bind(row: _Row, node: fx.Node) -> dict[str, Any] | None:
     arguments: dict[str, Any] = {}
     if row.kind == Kind.MODE:
         return {"mode": node.args}
+    if row.kind in (Kind.ASSERT, Kind.OPAQUE):
+        return {"input": node.args[0]} if node.args else {}
     if row.kind == Kind.EINSUM:
         equation, *operands = node.args
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = list(operands[0])
         return {"equation": equation, "operands": operands} if not node.kwargs.get("path") else None
     positional = list(node.args)
-    if row.kind == Kind.CAST and len(positional) > 1:
-        return {"input": positional[0], "dtype": _cast_dtype(node)}
+    if row.kind == Kind.CAST:
+        return {"input": positional[0], **_cast_target(node)}
     if len(positional) > len(row.parameters):
         if row.parameters[-1] not in _LISTED:
             return None
@@ -260,16 +271,21 @@ def _bind(row: _Row, node: fx.Node) -> dict[str, Any] | None:
     return arguments
 
 
-def _cast_dtype(node: fx.Node) -> torch.dtype | None:
-    """The dtype named among the arguments of a cast, if one is."""
+def _cast_target(node: fx.Node) -> dict[str, Any]:
+    """The dtype that a cast names, or `like`: the tensor whose dtype it takes."""
     for argument in (*node.args[1:], *node.kwargs.values()):
         if isinstance(argument, torch.dtype):
-            return argument
-    return None
+            return {"dtype": argument}
+        if isinstance(argument, fx.Node):
+            is_dtype = argument.target is getattr and len(argument.args) == 2 and argument.args[1] == "dtype"
+            return {"like": argument.args[0] if is_dtype else argument}
+    return {}
 
 
 def _read_module(node: fx.Node) -> Call | None:
     module = _module_of(node)
+    if isinstance(module, _OPAQUE_MODULES):
+        return Call(Kind.OPAQUE, node, {})
     entry = _MODULES.get(type(module))
     if module is None or entry is None or len(node.args) != 1 or node.kwargs:
         return None

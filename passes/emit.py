@@ -116,14 +116,16 @@ class Emitter:
                 sizes.append(node)
         return sizes
 
-    def size_node(self, size: Any, near: fx.Node) -> fx.Node | None:
-        """A node whose value is the symbolic `size`: a size of `near`, or any number that precedes the insertion."""
+    def size_node(self, size: Any, near: fx.Node, avoid: Sequence[fx.Node] = ()) -> fx.Node | None:
+        """A node whose value is the symbolic `size`: a size of `near`, or any number before here and not in `avoid`."""
         for axis, own in enumerate(self.shape(near)):
             if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
                 return self.call(aten.sym_size.int, near, axis)
         for node in self.graph.nodes:
             if node is self.before:
                 break
+            if node in avoid or any(x in avoid for x in node.all_input_nodes):
+                continue
             value = value_of(node)
             if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
                 return node

@@ -12,7 +12,9 @@ from .dialect import Kind, read
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes to."""
+    """The arguments whose values a node writes to."""
+    if node.target in _CHANGES_NO_VALUE:
+        return []
     if node.op == "call_method":
         name = str(node.target)
         mutates = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_DUNDERS
@@ -42,6 +44,7 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     return [x for x in nodes if isinstance(x, fx.Node)]
 
 
+_CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name.endswith(
     ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor", "mod")) and name != "index"}  # fmt: skip
 _IN_PLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__ipow__"}
@@ -53,7 +56,7 @@ def is_mutated(node: fx.Node) -> bool:
 
 # Results that share no memory with an argument, so that a later write to one does not reach the other.
 _FRESH = {
-    Kind.MATMUL, Kind.BADDBMM, Kind.ADDMM, Kind.EINSUM, Kind.LINEAR, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION, Kind.ADD,
+    Kind.MATMUL, Kind.BADDBMM, Kind.ADDMM, Kind.EINSUM, Kind.LINEAR, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION, Kind.ADD, Kind.ADDCMUL,
     Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.EXP, Kind.SUM, Kind.AMAX, Kind.MASKED_FILL,
     Kind.WHERE, Kind.RELU, Kind.GELU, Kind.SILU, Kind.POW, Kind.REPEAT_INTERLEAVE,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from .emit import EmitError, Emitter
 from .layout import Layout
 from .mutation import mutated_arguments
 from .sites import AttentionSite, Factor, FFNSite, LinearLayer, Term
-from .values import is_scalar, shape_of, value_of
+from .values import is_scalar, rank_of, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -35,10 +35,14 @@ def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
     try:
         output = _emit_attention(emit, site, keep)
         _check_shape(emit, output, site.output)
+        sizes = [(size, _same_size(size, site)) for size in site.sizes]
     except Exception as error:
         emit.undo()
         raise error if isinstance(error, EmitError) else EmitError(f"{type(error).__name__}: {error}") from error
     op = next(node for node in emit.emitted if node.target is torch.ops.topk_fx.attention.default)
+    for size, replacement in sizes:
+        size.replace_all_uses_with(replacement)
+        size.graph.erase_node(size)
     _replace(site.output, output, site.interior)
     _erase_dead(emit.emitted)
     return op
@@ -62,6 +66,14 @@ def rewrite_ffn(site: FFNSite, keep: Keep) -> fx.Node:
     return output
 
 
+def _same_size(size: fx.Node, site: AttentionSite) -> fx.Node:
+    """A node with the symbolic value of `size`, which reads it off the scores, that stands before it and does not."""
+    node = Emitter(size).size_node(value_of(size), site.query.node, avoid=site.interior)
+    if node is None:
+        raise EmitError(f"no node but the scores holds the symbolic size {size.name}")
+    return node
+
+
 def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
     score, weights = site.score_layout, site.weight_layout
     query = _to_softmax(emit, _arrange(emit, site.query), score, site.start_axes)
@@ -71,9 +83,11 @@ def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
     value = emit.transpose_last(value)
     text, operands = _emit_score(emit, site, query)
     scale = site.scale
-    if site.scale_divides:
+    if scale is None:  # SDPA's default, where tracing did not record the head size
+        scale = emit.call(operator.pow, emit.call(aten.sym_size.int, query, -1), -0.5)
+    elif site.scale_divides:
         scale = emit.call(operator.truediv, 1.0, scale)
-    arguments: list[Any] = [query, key, value, operands, text, scale, emit_kept_keys(emit, key, keep)]
+    arguments: list[Any] = [query, key, value, operands, text, scale, _emit_kept_keys(emit, value, keep)]
     arguments += _emit_dropout(emit, site.dropout_p, site.dropout_module)
     kwargs = {"zero_empty_rows": True} if site.zero_empty_rows else {}
     output = emit.call(torch.ops.topk_fx.attention.default, *arguments, name="attention", **kwargs)
@@ -104,7 +118,7 @@ def _to_softmax(
         return x
     if end.rank is None:
         return emit.transpose_last(x)
-    return emit.permute(emit.pad(x, end.rank), order)
+    return emit.permute(x if rank_of(x) == end.rank else emit.pad(x, end.rank), order)
 
 
 def _from_last(emit: Emitter, x: fx.Node, layout: Layout) -> fx.Node:
@@ -172,19 +186,19 @@ def _start_rank(layout: Layout) -> int | None:
     return len(first.before) if hasattr(first, "before") else len(first.dims)
 
 
-def emit_kept_keys(emit: Emitter, key: fx.Node, keep: Keep) -> Any:
-    """k as the op takes it: a number, or nodes that compute it from a key count known only at run time."""
+def _emit_kept_keys(emit: Emitter, value: fx.Node, keep: Keep) -> Any:
+    """k as the op takes it: a number, or nodes that compute it from the key count, which V has even if K broadcasts."""
     if isinstance(keep, int):
         return keep
-    shape = shape_of(key)
+    shape = shape_of(value)
     if shape is not None and isinstance(shape[-2], int):
         return max(1, kept_count(keep, shape[-2]))
-    count = emit.call(aten.sym_size.int, key, -2)
+    count = emit.call(aten.sym_size.int, value, -2)
     if keep == "all":
         return count
     assert isinstance(keep, float)
     numerator, denominator = as_ratio(keep)
-    scaled = emit.call(operator.mul, count, numerator)
+    scaled = count if numerator == 1 else emit.call(operator.mul, count, numerator)
     return emit.call(operator.floordiv, emit.call(operator.add, scaled, denominator - 1), denominator)
 
 

@@ -60,7 +60,8 @@ class AttentionSite:
     """softmax(score(scale * Q K^T)) V, whatever its spelling.
 
     The scores move along `score_layout` from the product to the softmax and along `weight_layout` from there to the
-    product with V. scores_shape is [*others, Lq, Lk]; it and the sizes are None where tracing recorded none. The factors
+    product with V. `sizes` are nodes that read
+    a symbolic size off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes are None where tracing recorded none. The factors
     stand in the axes of their product: the query has D in the place of the key axis, the
     key D in that of the query axis, the value Dv in that of the query axis.
     """
@@ -74,13 +75,14 @@ class AttentionSite:
     score_layout: Layout
     weight_layout: Layout
     output_order: tuple[int, ...] | None
-    scale: float | fx.Node
+    scale: float | fx.Node | None
     scale_divides: bool
     steps: tuple[ScoreStep, ...]
     dropout_p: float | fx.Node
     dropout_module: fx.Node | None
     zero_empty_rows: bool
     interior: tuple[fx.Node, ...]
+    sizes: tuple[fx.Node, ...]
     scores_shape: tuple[Any, ...] | None
     head_size: Any
     value_size: Any

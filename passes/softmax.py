@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from .dialect import Call, Kind, read
@@ -32,7 +33,7 @@ def find_softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
             case Kind.SOFTMAX:
                 yield Softmax(call["input"], call.get("dim"), node, (node,))
             case Kind.EXP:
-                found = _exp_of_log_softmax(call)
+                found = _exp_of_log_softmax(call) or _exp_minus_logsumexp(call)
                 if found is not None:
                     yield found
             case Kind.DIV:
@@ -46,6 +47,18 @@ def _exp_of_log_softmax(exp: Call) -> Softmax | None:
     if inner is None or inner.kind != Kind.LOG_SOFTMAX:
         return None
     return Softmax(inner["input"], inner.get("dim"), exp.node, (inner.node, exp.node))
+
+
+def _exp_minus_logsumexp(exp: Call) -> Softmax | None:
+    """exp(x - logsumexp(x, dim, keepdim=True))."""
+    shift = read(exp["input"])
+    if shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
+        return None
+    total = read(shift.get("other"))
+    if total is None or total.kind != Kind.LOGSUMEXP or total["input"] is not shift["input"] or not total.get("keepdim"):
+        return None
+    dim = _one_dim(total.get("dim"))
+    return None if dim is None else Softmax(shift["input"], dim, exp.node, (total.node, shift.node, exp.node))
 
 
 def _exp_over_sum(div: Call) -> Softmax | None:
@@ -62,20 +75,21 @@ def _exp_over_sum(div: Call) -> Softmax | None:
     source = exp["input"]
     shift = read(source)
     if shift is not None and shift.kind == Kind.SUB and shift.get("alpha", 1) == 1:
-        maximum = _row_maximum(shift["input"], shift["other"], dim)
+        maximum = row_maximum(shift["input"], shift["other"], dim)
         if maximum is not None:
             interior += [shift.node, *maximum]
             source = shift["input"]
     return Softmax(source, dim, div.node, tuple(interior))
 
 
-def _row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:
+def row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:
     """The nodes that compute the maximum of x over dim, kept as a dimension, if `maximum` is that."""
     nodes: list[fx.Node] = []
     call = read(maximum)
-    if isinstance(maximum, fx.Node) and maximum.op == "call_method" and maximum.target == "detach":
+    if isinstance(maximum, fx.Node) and maximum.target in ("detach", torch.ops.aten.detach.default):
         nodes.append(maximum)
-        call = read(maximum.args[0])
+        maximum = maximum.args[0]
+        call = read(maximum)
     if isinstance(maximum, fx.Node) and call is None and maximum.target is getattr and maximum.args[1] == "values":
         nodes.append(maximum)
         call = read(maximum.args[0])

@@ -97,6 +97,8 @@ def find_sites(graph: fx.Graph, order: dict[fx.Node, int]) -> Iterator[Attention
         call = read(node)
         if call is not None and call.kind == Kind.ATTENTION:
             yield find_sdpa(call, order)
+        elif call is not None and call.kind == Kind.OPAQUE:
+            yield Refusal("opaque_call", f"{node.name} is one call: what happens inside is not in the graph", node)
     yield from find_ffns(graph, order)
 
 

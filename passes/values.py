@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .dialect import Kind, read
 from .mutation import is_mutated
 
 aten = torch.ops.aten
@@ -45,6 +46,51 @@ def dtype_of(node: Any) -> torch.dtype | None:
     """The dtype of a tensor node, if tracing recorded it."""
     value = value_of(node)
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def rank_of(node: Any) -> int | None:
+    """The rank of a tensor node: recorded by tracing, or told by how the node was made."""
+    shape = shape_of(node)
+    if shape is not None:
+        return len(shape)
+    call = read(node)
+    if call is None:
+        return None
+    match call.kind:
+        case Kind.PERMUTE:
+            dims = call["dims"]
+            return len(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else len(dims)
+        case Kind.VIEW | Kind.EXPAND if isinstance(size := call.get("size"), (list, tuple)):
+            if len(size) == 1 and isinstance(size[0], fx.Node):
+                return None  # may be a whole size
+            return len(size[0]) if len(size) == 1 and isinstance(size[0], (list, tuple)) else len(size)
+        case Kind.EINSUM:
+            _, arrow, output = str(call["equation"]).replace(" ", "").partition("->")
+            return len(output) if arrow and "." not in output else None
+        case Kind.UNSQUEEZE:
+            inner = rank_of(call["input"])
+            return None if inner is None else inner + 1
+        case Kind.MATMUL:
+            ranks = [rank_of(call["input"]), rank_of(call["other"])]
+            return max(ranks) if None not in ranks and min(ranks) >= 2 else None  # type: ignore[type-var, operator]
+        case Kind.TRANSPOSE | Kind.MATRIX_TRANSPOSE | Kind.CAST | Kind.SAME | Kind.SOFTMAX | Kind.DROPOUT | Kind.LINEAR:
+            return rank_of(call["input"])
+    return None
+
+
+def is_matrix(node: fx.Node) -> bool:
+    """Whether a node is known to have at least two axes."""
+    rank = rank_of(node)
+    if rank is not None:
+        return rank >= 2
+    call = read(node)
+    if call is None:
+        return False
+    if call.kind == Kind.TRANSPOSE:
+        return {call.get("dim0"), call.get("dim1")} == {-1, -2} or max(call.get("dim0", 0), call.get("dim1", 1)) > 0
+    if call.kind in (Kind.CAST, Kind.SAME, Kind.SOFTMAX, Kind.DROPOUT):
+        return is_matrix(call["input"])
+    return call.kind in (Kind.MATRIX_TRANSPOSE, Kind.REPEAT_INTERLEAVE)
 
 
 _SCALAR_FUNCTIONS = {math.sqrt, math.log, math.exp, math.pow, float, int, torch.sym_float, torch.sym_sqrt, torch.sym_int}
@@ -87,13 +133,33 @@ def constant_of(value: Any) -> float | None:
     recorded = value_of(value)
     if isinstance(recorded, (int, float)) and not isinstance(recorded, bool):
         return float(recorded)
+    call = read(value)
+    if call is not None and call.kind in (Kind.SAME, Kind.CAST) and not is_mutated(value):
+        return constant_of(call["input"])
     return _filled_constant(value)
+
+
+def filled_like(value: Any, scores: fx.Node) -> float | None:
+    """The number of a tensor that holds one number everywhere, in the shape of the scores."""
+    call = read(value)
+    if call is None or call.kind != Kind.FILLED_LIKE or call["input"] is not scores or is_mutated(call.node):
+        return None
+    name = getattr(call.node.target, "__name__", "")
+    number = 0.0 if "zeros" in name else 1.0 if "ones" in name else call.get("fill_value")
+    return float(number) if isinstance(number, (int, float)) and not isinstance(number, bool) else None
 
 
 @functools.cache
 def _fill_functions() -> dict[Any, int]:
     """Functions whose result is one number everywhere, and the position of that number."""
-    return {torch.tensor: 0, torch.as_tensor: 0, torch.full: 1, aten.full: 1, aten.scalar_tensor: 0, torch.scalar_tensor: 0}
+    return {
+        torch.tensor: 0,
+        torch.as_tensor: 0,
+        torch.full: 1,
+        aten.full: 1,
+        aten.scalar_tensor: 0,
+        torch.scalar_tensor: 0,
+    }
 
 
 def _filled_constant(node: fx.Node) -> float | None:

@@ -65,7 +65,7 @@ def attention(
     steps, operands = [], []
     if attn_mask is not None:
         _check_mask(attn_mask, query, key)
-        steps.append("keep($0, -inf)" if attn_mask.dtype == torch.bool else "add($0)")
+        steps.append("mask($0)")
         operands.append(attn_mask)
     if is_causal:
         steps.append("causal")

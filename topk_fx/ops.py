@@ -68,6 +68,20 @@ def _attention(
     zero_empty_rows: bool = False,
 ) -> Tensor:
     check_operands(Score.parse(score), operands)
+    if query.dim() == 1 or value.dim() == 1:  # a vector in a product: matmul adds its axis and takes it away again
+        output = _attention(
+            torch.atleast_2d(query),
+            key,
+            value.unsqueeze(-1) if value.dim() == 1 else value,
+            operands,
+            score,
+            scale,
+            k,
+            dropout_p,
+            zero_empty_rows,
+        )
+        output = output.squeeze(-1) if value.dim() == 1 else output
+        return output.squeeze(-2 if value.dim() > 1 else -1) if query.dim() == 1 else output
     frame = attention_frame(query, key, value, operands)
     keep = None
     if dropout_p > 0.0:
@@ -226,7 +240,7 @@ def _ffn(
     dropout_p: float = 0.0,
 ) -> Tensor:
     check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    tokens = input.reshape(-1, input.size(-1))
+    tokens = input.reshape(input.shape[:-1].numel(), input.size(-1))
     keep = None
     if dropout_p > 0.0:
         keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p

@@ -4,7 +4,7 @@ A top-k op takes its score function as a string of steps, applied from left to r
 
     "add($0)"                           an additive mask or bias, the op's operand 0
     "div(50.0) tanh mul(50.0) add($0)"  Gemma-2: soft cap, then mask
-    "keep($0, -inf) causal"             a boolean mask (True is kept) and the causal one
+    "mask($0) causal"                   a mask as SDPA takes it, and the causal one
 
 Text, because it is visible in a printed graph, is part of every compile cache's key, survives `torch.export.save`, and
 reads the same to each lowering. An argument is a number or an operand, `$i`, that broadcasts against the scores
@@ -17,6 +17,7 @@ reads the same to each lowering. An argument is a number or an operand, `$i`, th
 | `div(x)`       | s / x                                 |
 | `tanh`         | tanh(s)                               |
 | `clamp(a, b)`  | min(max(s, a), b)                     |
+| `mask(x)`      | as `keep(x, -inf)` if x is boolean, else as `add(x)`: what SDPA's attn_mask means |
 | `keep(x, c)`   | s where x (boolean) is True, else c   |
 | `fill(x, c)`   | c where x (boolean) is True, else s   |
 | `causal`       | s where j <= i, else -inf             |
@@ -28,11 +29,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, DTypeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Operand:
 
 
 Argument = float | Operand
-_ARITY = {"add": 1, "mul": 1, "div": 1, "tanh": 0, "clamp": 2, "keep": 2, "fill": 2, "causal": 0}
+_ARITY = {"add": 1, "mul": 1, "div": 1, "tanh": 0, "clamp": 2, "mask": 1, "keep": 2, "fill": 2, "causal": 0}
+_CONDITIONAL = ("keep", "fill")
 _STEP = re.compile(r"(\w+)(?:\(([^()]*)\))?\s*")
 
 
@@ -113,17 +116,21 @@ Read = Callable[[Operand], Tensor]
 """Reads an operand at the positions of the scores, broadcastable to them."""
 
 
-def _value(argument: Argument, read: Read, scores: Tensor) -> float | Tensor:
-    if not isinstance(argument, Operand):
-        return argument
-    value = read(argument)
-    return value if value.dtype == torch.bool else value.to(scores.dtype)
+def _values(step: Step, read: Read, scores: Tensor) -> tuple[str, list[Any]]:
+    """The step's name, `mask` resolved by the dtype of its operand, and its arguments in the dtype of the scores."""
+    name, arguments = step.name, list(step.arguments)
+    values = [read(a) if isinstance(a, Operand) else a for a in arguments]
+    if name == "mask":
+        name, values = ("keep", [*values, -torch.inf]) if values[0].dtype == torch.bool else ("add", values)
+    start = 1 if name in _CONDITIONAL else 0
+    values[start:] = [x.to(scores.dtype) if isinstance(x, Tensor) else x for x in values[start:]]
+    return name, values
 
 
 def apply_step(step: Step, scores: Tensor, read: Read, is_future: Callable[[], Tensor]) -> Tensor:
     """`scores` after `step`. `is_future()` gives the boolean tensor j > i at the positions of the scores."""
-    x = [_value(a, read, scores) for a in step.arguments]
-    match step.name:
+    name, x = _values(step, read, scores)
+    match name:
         case "add":
             return scores + x[0]
         case "mul":
@@ -133,11 +140,11 @@ def apply_step(step: Step, scores: Tensor, read: Read, is_future: Callable[[], T
         case "tanh":
             return scores.tanh()
         case "clamp":
-            return scores.clamp(x[0], x[1])  # type: ignore[call-overload,no-any-return]
+            return scores.clamp(x[0], x[1])
         case "keep":
-            return torch.where(x[0], scores, x[1])  # type: ignore[call-overload,no-any-return]
+            return torch.where(x[0], scores, x[1])
         case "fill":
-            return torch.where(x[0], x[1], scores)  # type: ignore[call-overload,no-any-return]
+            return torch.where(x[0], x[1], scores)
         case "causal":
             return scores.masked_fill(is_future(), -torch.inf)
     raise AssertionError(f"no such step: {step}")
@@ -159,9 +166,9 @@ def differentiate_step(
         before: the scores before the step; needed where `Score.needs_scores_in_backward`.
         grad: the gradient of the scores after the step, at the same positions.
     """
-    x = [_value(a, read, grad) for a in step.arguments]
+    name, x = _values(step, read, grad)
     operands = step.operands
-    match step.name:
+    match name:
         case "add":
             return grad, {index: grad for index in operands}
         case "mul":
@@ -176,10 +183,12 @@ def differentiate_step(
         case "causal":  # what it masks is never kept
             return grad, {}
         case "keep" | "fill":
-            is_filled = x[0] if step.name == "fill" else ~x[0]  # type: ignore[operator]
-            value = step.arguments[1]
-            filled = {value.index: grad.masked_fill(~is_filled, 0)} if isinstance(value, Operand) else {}  # type: ignore
-            return grad.masked_fill(is_filled, 0), filled  # type: ignore[arg-type]
+            is_filled = x[0] if name == "fill" else ~x[0]
+            value = step.arguments[-1]
+            filled = {}
+            if len(step.arguments) == 2 and isinstance(value, Operand):
+                filled = {value.index: grad.masked_fill(~is_filled, 0)}
+            return grad.masked_fill(is_filled, 0), filled
     raise AssertionError(f"no such step: {step}")
 
 
@@ -190,8 +199,6 @@ def _given(scores: Tensor | None) -> Tensor:
 
 def check_operands(score: Score, operands: Sequence[Tensor]) -> None:
     """ConfigError or DTypeError unless the operands are those which the steps read."""
-    from .errors import DTypeError
-
     named = {index for step in score.steps for index in step.operands}
     if named != set(range(len(operands))):
         raise ConfigError(f"score={str(score)!r} names operands {sorted(named)}, but {len(operands)} were given")
@@ -199,8 +206,8 @@ def check_operands(score: Score, operands: Sequence[Tensor]) -> None:
         for position, argument in enumerate(step.arguments):
             if not isinstance(argument, Operand):
                 continue
-            is_condition = step.name in ("keep", "fill") and position == 0
             dtype = operands[argument.index].dtype
-            if is_condition != (dtype == torch.bool):
-                accepted = "torch.bool" if is_condition else "a floating-point or integer dtype"
-                raise DTypeError(f"operand {argument} of {step} has dtype {dtype}; accepted: {accepted}")
+            if step.name in _CONDITIONAL and position == 0 and dtype != torch.bool:
+                raise DTypeError(f"operand {argument} of {step} has dtype {dtype}; accepted: torch.bool")
+            if dtype.is_complex:
+                raise DTypeError(f"operand {argument} of {step} has dtype {dtype}; accepted: a real dtype")

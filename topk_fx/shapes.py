@@ -92,7 +92,7 @@ def _pad(x: Tensor, rank: int) -> Tensor:
 
 def _join_batch(x: Tensor) -> Tensor:
     """[*batch, H, L, D] as [B, H, L, D]."""
-    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+    return x if x.dim() == 4 else x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
 
 
 def _join_operand(x: Tensor, batch: Sequence[int]) -> Tensor:
@@ -100,7 +100,7 @@ def _join_operand(x: Tensor, batch: Sequence[int]) -> Tensor:
         return x
     if all(size == 1 for size in x.shape[:-3]):
         return x.reshape(1, *x.shape[-3:])
-    return x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
+    return _join_batch(x.expand(*batch, *x.shape[-3:]))
 
 
 def check_ffn_inputs(

@@ -85,7 +85,7 @@ def _lead(x: Tensor, dim: Dim, rank: int) -> Tensor:
 def _fold(x: Tensor, dim: Dim, size: int, batch: int) -> Tensor:
     """[size * batch, ...] from a tensor [batch | 1, ...] in which a dimension of `size` is mapped or not."""
     x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
-    return x.expand(size, batch, *x.shape[2:]).reshape(-1, *x.shape[2:])
+    return x.expand(size, batch, *x.shape[2:]).reshape(size * batch, *x.shape[2:])
 
 
 def _fold_broadcast(x: Tensor, dim: Dim, size: int, batch: int) -> Tensor:

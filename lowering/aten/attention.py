@@ -46,8 +46,8 @@ def attention_forward(
     output = value.new_empty(batch, heads, queries, value.size(-1))
     indices = torch.empty(batch, heads, queries, kept, dtype=torch.int32, device=query.device)
     weights = query.new_empty(batch, heads, queries, kept, dtype=dtype)
-    if output.numel() == 0 and weights.numel() == 0:
-        return output, indices, weights
+    if 0 in (output.numel(), weights.numel()):
+        return output.zero_(), indices.zero_(), weights.zero_()
     keys, values = compute(key).transpose(-2, -1), as_table(value, dtype)
     chunk_size = max(1, SCORE_BUDGET // max(1, batch * heads * key_count))
     for start in range(0, queries, chunk_size):
@@ -62,7 +62,7 @@ def attention_forward(
             summed = torch.where(keep, chunk_weights / (1 - dropout_p), 0) if dropout_p < 1 else chunk_weights * keep
             chunk_weights = torch.where(keep, chunk_weights, -chunk_weights)
         bags = Bags.of(chunk_indices, value.size(1), key_count)
-        output[:, :, rows] = bags.weighted_sum(values, summed).view(*summed.shape[:-1], -1).to(value.dtype)
+        output[:, :, rows] = bags.weighted_sum(values, summed).view(output[:, :, rows].shape).to(value.dtype)
         indices[:, :, rows], weights[:, :, rows] = chunk_indices, chunk_weights
     return output, indices, weights
 
@@ -70,8 +70,8 @@ def attention_forward(
 def _products(query: Tensor, keys: Tensor) -> Tensor:
     """Q K^T [B, Hq, C, Lk] from query [B, Hq, C, D] and keys [B, Hk, D, Lk]; K is not repeated for grouped heads."""
     batch, heads, chunk, size = query.shape
-    grouped = query.reshape(batch, keys.size(1), -1, size)
-    return torch.matmul(grouped, keys).view(batch, heads, chunk, -1)
+    grouped = query.reshape(batch, keys.size(1), heads // keys.size(1) * chunk, size)
+    return torch.matmul(grouped, keys).view(batch, heads, chunk, keys.size(-1))
 
 
 def _apply_score(program: Score, scores: Tensor, operands: Sequence[Tensor], rows: slice) -> Tensor:
@@ -140,8 +140,8 @@ def attention_backward(
     rows, kept = weights.shape[:-1].numel(), weights.size(-1)
     key_bags = Bags.of(indices, key.size(1), key.size(2))
     value_bags = key_bags if key.size(1) == value.size(1) else Bags.of(indices, value.size(1), value.size(2))
-    grad_rows = grad.to(dtype).reshape(rows, -1)
-    query_rows = query.to(dtype).reshape(rows, -1)
+    grad_rows = grad.to(dtype).reshape(rows, grad.size(-1))
+    query_rows = query.to(dtype).reshape(rows, query.size(-1))
 
     grad_weights = value_bags.dot_products(grad_rows, as_table(value, dtype))
     probabilities = weights.reshape(rows, kept)
