@@ -154,9 +154,9 @@ _row(Kind.SAME, "input", "contiguous", "clone", torch.clone, aten.contiguous, at
 _row(Kind.VIEW, "input size", "view", "reshape", torch.reshape, aten.view, aten.reshape, aten._unsafe_view)
 _row(Kind.VIEW, "input start_dim end_dim", "flatten", torch.flatten, aten.flatten)
 _row(Kind.VIEW, "input dim sizes", "unflatten", torch.unflatten, aten.unflatten)
-_row(Kind.VIEW, "input other", "view_as", "reshape_as")
+_row(Kind.VIEW, "input other", "view_as", "reshape_as", aten.view_as, aten.reshape_as)
 _row(Kind.EXPAND, "input size", "expand", aten.expand, torch.broadcast_to, "broadcast_to")
-_row(Kind.EXPAND, "input other", "expand_as")
+_row(Kind.EXPAND, "input other", "expand_as", aten.expand_as)
 _row(Kind.TRANSPOSE, "input dim0 dim1", "transpose", torch.transpose, aten.transpose, "swapaxes", "swapdims",
      torch.swapaxes, torch.swapdims)  # fmt: skip
 _row(Kind.TRANSPOSE, "input", "t", torch.t, aten.t)

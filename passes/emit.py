@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .values import shape_of, value_of
+from .values import rank_of, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -31,6 +31,7 @@ class Emitter:
         self.graph = before.graph
         self.before = before
         self.emitted: list[fx.Node] = []
+        self.told_ranks: dict[fx.Node, int] = {}
         self.value_key, self.fake_mode = _fake_mode(before.graph)
 
     def call(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
@@ -64,11 +65,19 @@ class Emitter:
             raise EmitError(f"the shape of {x.name} is not known")
         return shape
 
+    def tell_rank(self, x: fx.Node, rank: int) -> fx.Node:
+        """Notes a rank that the way x is used tells, for graphs in which tracing recorded none."""
+        self.told_ranks[x] = rank
+        return x
+
     def pad(self, x: fx.Node, rank: int) -> fx.Node:
         """x with leading axes of size 1, up to `rank`."""
-        for _ in range(rank - len(self.shape(x))):
+        own = rank_of(x) or self.told_ranks.get(x)
+        if own is None:
+            raise EmitError(f"the rank of {x.name} is not known")
+        for _ in range(rank - own):
             x = self.call(aten.unsqueeze.default, x, 0)
-        return x
+        return self.tell_rank(x, rank)
 
     def permute(self, x: fx.Node, dims: Sequence[int]) -> fx.Node:
         dims = list(dims)

@@ -99,7 +99,7 @@ class Layout:
         """
         for move in self.moves:
             if isinstance(move, Permute):
-                x = emit.permute(emit.pad(x, len(move.dims)), move.dims)
+                x = emit.tell_rank(emit.permute(emit.pad(x, len(move.dims)), move.dims), len(move.dims))
                 axes = (move.move_axis(axes[0] % len(move.dims)), move.move_axis(axes[1] % len(move.dims)))
             else:
                 x = _apply_view(emit, x, move)

@@ -19,7 +19,7 @@ from .emit import EmitError, Emitter
 from .layout import Layout
 from .mutation import mutated_arguments
 from .sites import AttentionSite, Factor, FFNSite, LinearLayer, Term
-from .values import is_scalar, rank_of, shape_of, value_of
+from .values import is_scalar, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -104,6 +104,7 @@ def _arrange(emit: Emitter, factor: Factor) -> fx.Node:
         for position, axis in enumerate(factor.order):
             if axis is None:
                 x = emit.call(aten.unsqueeze.default, x, position)
+        emit.tell_rank(x, len(factor.order))
     return emit.transpose_last(x) if factor.transposed else x
 
 
@@ -118,7 +119,7 @@ def _to_softmax(
         return x
     if end.rank is None:
         return emit.transpose_last(x)
-    return emit.permute(x if rank_of(x) == end.rank else emit.pad(x, end.rank), order)
+    return emit.permute(emit.pad(x, end.rank), order)
 
 
 def _from_last(emit: Emitter, x: fx.Node, layout: Layout) -> fx.Node:

@@ -8,7 +8,7 @@ Source: Gupta et al. 2021, arXiv:2106.06899, whose backward multiplies dense mat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from topk_fx.score import Operand, Score, apply, apply_step, differentiate_step
 from .bags import Bags, as_table
 
 SCORE_BUDGET = 2**22
-"""Elements of one chunk of scores: 16 MiB in float32, which stays in the caches of a server's cores."""
+"""Elements of one chunk of scores in the forward: 16 MiB in float32."""
+
+KEPT_BUDGET = 2**20
+"""Kept entries that the backward works on at a time; it holds some ten temporaries of that many elements."""
 
 
 def attention_forward(
@@ -92,10 +95,12 @@ def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     key_count = scores.size(-1)
     if kept >= key_count:
         return scores, torch.arange(key_count, device=scores.device).expand(scores.shape)
-    top, indices = scores.topk(kept, dim=-1, sorted=False)
-    # topk breaks ties as it likes. They matter only in rows where equal scores stand on both sides of the cut.
-    threshold = top.amin(-1, keepdim=True)
-    is_cut = (scores >= threshold).sum(-1) > kept
+    # topk breaks ties as it likes. That matters only in rows where equal scores stand on both sides of the cut, and one
+    # score more tells which these are.
+    top, indices = scores.topk(kept + 1, dim=-1)
+    is_cut = top[..., kept] == top[..., kept - 1]
+    threshold = top[..., kept - 1 : kept]
+    top, indices = top[..., :kept].contiguous(), indices[..., :kept].contiguous()
     if is_cut.any():
         rows, limit = scores[is_cut], threshold[is_cut]
         above, equal = rows > limit, rows == limit
@@ -135,7 +140,63 @@ def attention_backward(
     dropout_p: float,
     operand_needs_grad: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of query, key, value and of the operands that need one, each in its tensor's shape and dtype."""
+    """The gradients of query, key, value and of the operands that need one, each in its tensor's shape and dtype.
+
+    Works on as many batch elements or heads at a time as KEPT_BUDGET allows.
+    """
+    dtype = weights.dtype
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    sums = [
+        torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
+        for x, needed in zip(operands, operand_needs_grad, strict=True)
+    ]
+    program = Score.parse(score)
+    for batch, heads in _head_groups(key.size(1), value.size(1), weights):
+        parts = [_narrow(x, batch, heads, weights.size(1)) for x in (grad, query, key, value, indices, weights)]
+        part_operands = [_narrow(x, batch, heads, weights.size(1)) for x in operands]
+        part_sums = [None if x is None else _narrow(x, batch, heads, weights.size(1)) for x in sums]
+        found = _backward_part(*parts, program, part_operands, part_sums, scale, dropout_p)
+        for whole, part in zip(grads, found, strict=True):
+            _narrow(whole, batch, heads, weights.size(1)).copy_(part)
+    return [*grads, *(x.to(y.dtype) for x, y in zip(sums, operands, strict=True) if x is not None)]
+
+
+def _head_groups(key_heads: int, value_heads: int, weights: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and of the query heads, each with whole groups of grouped heads."""
+    batch, heads, queries, kept = weights.shape
+    group = heads // key_heads if key_heads == value_heads else heads
+    size = max(1, queries * kept)
+    batch_count = max(1, KEPT_BUDGET // (heads * size))
+    head_count = min(heads, max(1, KEPT_BUDGET // (group * size)) * group)
+    for start in range(0, batch, batch_count):
+        for head in range(0, heads, head_count):
+            yield slice(start, min(start + batch_count, batch)), slice(head, min(head + head_count, heads))
+
+
+def _narrow(x: Tensor, batch: slice, heads: slice, query_heads: int) -> Tensor:
+    """The part of x [B|1, H, ...] that a slice of the batch and of the query heads reads; H divides the query heads."""
+    if x.size(0) > 1:
+        x = x[batch]
+    if x.size(1) > 1:
+        group = query_heads // x.size(1)
+        x = x[:, heads.start // group : heads.stop // group]
+    return x
+
+
+def _backward_part(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    program: Score,
+    operands: Sequence[Tensor],
+    sums: Sequence[Tensor | None],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a part's query, key and value; those of the operands are added to `sums`."""
     dtype = weights.dtype
     rows, kept = weights.shape[:-1].numel(), weights.size(-1)
     key_bags = Bags.of(indices, key.size(1), key.size(2))
@@ -157,22 +218,14 @@ def attention_backward(
     del grad_weights, summed, probabilities, grad_rows
 
     keys = as_table(key, dtype)
-    program = Score.parse(score)
     before = None
     if program.needs_scores_in_backward:
-        before = key_bags.dot_products(query_rows, keys).mul_(scale)
-    grad_products, grad_operands = _differentiate_score(
-        program, grad_scores.view(weights.shape), before, operands, indices, operand_needs_grad
-    )
+        before = key_bags.dot_products(query_rows, keys).mul_(scale).view(weights.shape)
+    grad_products = _differentiate_score(program, grad_scores.view(weights.shape), before, operands, sums, indices)
     grad_products = grad_products.reshape(rows, kept) * scale
     grad_query = key_bags.weighted_sum(keys, grad_products)
     grad_key = key_bags.scatter_rows(query_rows, grad_products)
-    return [
-        grad_query.view(query.shape).to(query.dtype),
-        grad_key.view(key.shape).to(key.dtype),
-        grad_value.view(value.shape).to(value.dtype),
-        *(x for x, needed in zip(grad_operands, operand_needs_grad, strict=True) if needed),
-    ]
+    return grad_query.view(query.shape), grad_key.view(key.shape), grad_value.view(value.shape)
 
 
 def _differentiate_score(
@@ -180,10 +233,12 @@ def _differentiate_score(
     grad: Tensor,
     before: Tensor | None,
     operands: Sequence[Tensor],
+    sums: Sequence[Tensor | None],
     indices: Tensor,
-    operand_needs_grad: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of the products, and those of the operands, from that of the kept scores [B, Hq, Lq, kept]."""
+) -> Tensor:
+    """The gradient of the products from that of the kept scores [B, Hq, Lq, kept]; those of operands go to `sums`."""
+    if not program.steps:
+        return grad
     positions = indices.clamp(min=0).long()
     is_kept = indices >= 0
 
@@ -200,16 +255,15 @@ def _differentiate_score(
     for step in program.steps:
         inputs.append(before)
         if before is not None:
-            before = apply_step(step, before.view(grad.shape), read, is_future)
-    sums = [torch.zeros(x.shape, dtype=grad.dtype, device=x.device) for x in operands]
+            before = apply_step(step, before, read, is_future)
     for step, scores in zip(reversed(program.steps), reversed(inputs), strict=True):
-        scores = None if scores is None else scores.view(grad.shape)
         grad, found = differentiate_step(step, scores, grad, read)
         for index, operand_grad in found.items():
-            if operand_needs_grad[index]:
+            target = sums[index]
+            if target is not None:
                 # A slot with no key has a gradient of 0, or of NaN where the whole row has: then it is no key's.
-                _scatter(sums[index], torch.where(is_kept, operand_grad, 0), positions)
-    return grad, [x.to(operand.dtype) for x, operand in zip(sums, operands, strict=True)]
+                _scatter(target, torch.where(is_kept, operand_grad, 0), positions)
+    return grad
 
 
 def _scatter(target: Tensor, grad: Tensor, positions: Tensor) -> None:
@@ -219,4 +273,5 @@ def _scatter(target: Tensor, grad: Tensor, positions: Tensor) -> None:
     for dim in range(3):
         steps = torch.arange(grad.size(dim), device=grad.device) * strides[dim]
         flat = flat + steps.view([-1 if d == dim else 1 for d in range(4)])
-    target.view(-1).scatter_add_(0, flat.reshape(-1), grad.reshape(-1))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(target.shape, target.stride(), strict=True))
+    target.as_strided((extent,), (1,)).scatter_add_(0, flat.reshape(-1), grad.reshape(-1))
