@@ -98,6 +98,7 @@ class TopKConfig:
     lowering: Literal["aten", "cpu", "triton"] | None = None
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     _k_given: bool = dataclasses.field(init=False, repr=False, default=False)
+    _spelled: str = dataclasses.field(init=False, repr=False, default="")  # k=1 and k=1.0 differ, though 1 == 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_k_given", self.k is not None)
@@ -108,6 +109,7 @@ class TopKConfig:
         if self.ffn_k is not None:
             object.__setattr__(self, "ffn_k", validate_keep("ffn_k", self.ffn_k))
         object.__setattr__(self, "sites", _freeze_sites(self.sites))
+        object.__setattr__(self, "_spelled", repr((self.k, self.ffn_k, self.sites)))
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

@@ -84,6 +84,11 @@ class Score:
         """Whether a derivative depends on the scores, and not only on the constants and operands."""
         return any(s.name in ("tanh", "clamp") or (s.name in ("mul", "div") and s.operands) for s in self.steps)
 
+    @property
+    def ends_causal(self) -> bool:
+        """Whether query i sees no key beyond i, whatever comes before."""
+        return bool(self.steps) and self.steps[-1].name == "causal"
+
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def parse(text: str) -> Score:
@@ -146,7 +151,7 @@ def apply_step(step: Step, scores: Tensor, read: Read, is_future: Callable[[], T
         case "fill":
             return torch.where(x[0], x[1], scores)
         case "causal":
-            return scores.masked_fill(is_future(), -torch.inf)
+            return torch.where(is_future(), -torch.inf, scores)
     raise AssertionError(f"no such step: {step}")
 
 

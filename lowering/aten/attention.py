@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from topk_fx.reference import compute
@@ -55,10 +56,14 @@ def attention_forward(
     chunk_size = max(1, SCORE_BUDGET // max(1, batch * heads * key_count))
     for start in range(0, queries, chunk_size):
         rows = slice(start, min(start + chunk_size, queries))
-        scores = _products(compute(query[:, :, rows]), keys).mul_(scale)
+        visible = min(rows.stop, key_count) if program.ends_causal else key_count  # the chunk's rows see no key beyond
+        scores = _products(compute(query[:, :, rows]), keys[..., :visible]).mul_(scale)
         scores = _apply_score(program, scores, operands, rows)
-        top, chunk_indices = select(scores, kept)
+        top, chunk_indices = select(scores, min(kept, visible))
         chunk_weights, chunk_indices = _softmax(top, chunk_indices, zero_empty_rows)
+        if visible < kept:
+            unused = (0, kept - visible)
+            chunk_weights, chunk_indices = F.pad(chunk_weights, unused), F.pad(chunk_indices, unused, value=-1)
         summed = chunk_weights
         if dropout_keep is not None:
             keep = dropout_keep[:, :, rows]
@@ -80,7 +85,8 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
 def _apply_score(program: Score, scores: Tensor, operands: Sequence[Tensor], rows: slice) -> Tensor:
     def read(operand: Operand) -> Tensor:
         x = operands[operand.index]
-        return x[:, :, rows] if x.size(-2) > 1 else x
+        x = x[:, :, rows] if x.size(-2) > 1 else x
+        return x[..., : scores.size(-1)] if x.size(-1) > 1 else x
 
     def is_future() -> Tensor:
         i = torch.arange(rows.start, rows.stop, device=scores.device)
