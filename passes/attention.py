@@ -32,7 +32,8 @@ _CHAIN = {
 }  # fmt: skip
 _PRODUCTS = {Kind.MATMUL, Kind.BADDBMM, Kind.EINSUM, Kind.ADDMM}
 _MOVES = {
-    Kind.VIEW, Kind.TRANSPOSE, Kind.PERMUTE, Kind.MATRIX_TRANSPOSE, Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.EXPAND, Kind.GETITEM,
+    Kind.VIEW, Kind.TRANSPOSE, Kind.PERMUTE, Kind.MATRIX_TRANSPOSE, Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.EXPAND,
+    Kind.GETITEM,
 }  # fmt: skip
 
 
@@ -188,7 +189,9 @@ class _Reader:
         if rank is not None:
             return dim % rank
         if dim >= 0:
-            raise Refuse("shape_unknown", f"the rank of {self.softmax.input.name} was not traced, so dim={dim} may be any axis")
+            raise Refuse(
+                "shape_unknown", f"the rank of {self.softmax.input.name} was not traced, so dim={dim} may be any axis"
+            )
         return dim
 
     # --- back to the product
@@ -216,7 +219,9 @@ class _Reader:
             user, node = node, source
 
     def _first_user(self) -> fx.Node:
-        return min((n for n in self.softmax.interior if self.softmax.input in n.all_input_nodes), key=self.order.__getitem__)
+        return min(
+            (n for n in self.softmax.interior if self.softmax.input in n.all_input_nodes), key=self.order.__getitem__
+        )
 
     def _current(self, node: fx.Node, user: fx.Node) -> fx.Node:
         """The value of `node` as `user` sees it: what the last in-place operation before `user` left there."""
@@ -235,7 +240,9 @@ class _Reader:
     def _no_product(self, node: fx.Node) -> Refuse:
         if _reaches_product(node):
             return Refuse("unknown_score_op", f"{_describe(node)} lies between the product and the softmax")
-        return Refuse("not_attention", f"no product of query and key leads to {self.softmax.output.name}: {_describe(node)}")
+        return Refuse(
+            "not_attention", f"no product of query and key leads to {self.softmax.output.name}: {_describe(node)}"
+        )
 
     def _score_source(self, call: Call) -> fx.Node | None:
         """The argument that carries the scores; where two could, the one of full size, or the first."""
@@ -247,7 +254,7 @@ class _Reader:
             raise Refuse("unknown_score_op", f"{_describe(call.node)} uses the scores twice")
         own = shape_of(call.node)
         whole = [x for x in sources if own is not None and shape_of(x) == own]
-        chosen = (whole or sources or [None])[0]
+        chosen = next(iter(whole or sources), None)
         if call.in_place and chosen is not call.get("input"):
             raise Refuse("inputs_written_between", f"{_describe(call.node)} writes the scores into another tensor")
         return chosen
@@ -303,7 +310,11 @@ class _Reader:
             case Kind.WHERE:
                 is_kept = call["input"] is source
                 other = call["other"] if is_kept else call["input"]
-                step("keep" if is_kept else "fill", self._condition(self._unexpanded(call["condition"], source)), number(other))
+                step(
+                    "keep" if is_kept else "fill",
+                    self._condition(self._unexpanded(call["condition"], source)),
+                    number(other),
+                )
             case Kind.CAST:
                 self._check_cast(call)
             case Kind.DROPOUT:
@@ -370,10 +381,10 @@ class _Reader:
         pending = list(factors)
         while pending:
             call = read(pending.pop())
-            if call is not None and (call.kind in _MOVES or call.kind in (Kind.MUL, Kind.DIV, Kind.SAME, Kind.LINEAR)):
-                if isinstance(call.get("input"), fx.Node):
-                    floating.add(call["input"])
-                    pending.append(call["input"])
+            keeps_dtype = call is not None and call.kind in _MOVES | {Kind.MUL, Kind.DIV, Kind.SAME, Kind.LINEAR}
+            if call is not None and keeps_dtype and isinstance(call.get("input"), fx.Node):
+                floating.add(call["input"])
+                pending.append(call["input"])
         for like in self.dtypes_taken:
             if like not in floating:
                 raise Refuse("shape_unknown", f"the dtype of {like.name}, to which the scores are cast, was not traced")
@@ -392,7 +403,9 @@ class _Reader:
         if training is False or p == 0:
             return 0.0, None
         if training is not True or not isinstance(p, (int, float)):
-            raise Refuse("dropout_mode_not_static", f"whether {_describe(call.node)} is active is known only at run time")
+            raise Refuse(
+                "dropout_mode_not_static", f"whether {_describe(call.node)} is active is known only at run time"
+            )
         return float(p), None
 
     def _move_back(self, call: Call, key_axis: int, events: list[_Event]) -> int:
@@ -478,7 +491,9 @@ class _Reader:
                 value, output_order = self._read_value(call, node, layout)
                 return layout, *dropout, user, value, output_order
             if call is None or kind not in _CHAIN or call.get("input") is not node:
-                raise Refuse("probabilities_changed", f"{_describe(user)} uses the probabilities before any product with V")
+                raise Refuse(
+                    "probabilities_changed", f"{_describe(user)} uses the probabilities before any product with V"
+                )
             if kind == Kind.CAST:
                 self._check_cast(call)
             elif kind == Kind.DROPOUT:
@@ -490,7 +505,9 @@ class _Reader:
                 if read_move(call) is not None:
                     layout = layout.then(_move(call, layout))
             elif kind != Kind.SAME:
-                raise Refuse("probabilities_changed", f"{_describe(user)} changes the probabilities before the product with V")
+                raise Refuse(
+                    "probabilities_changed", f"{_describe(user)} changes the probabilities before the product with V"
+                )
             self.interior.add(user)
             node = user
 
@@ -545,7 +562,7 @@ class _Reader:
     # --- proofs about the whole
 
     def _check_interior(self, output: fx.Node) -> None:
-        """Nothing but the attention may use the scores and probabilities; what only tells their shape dies with them."""
+        """Nothing else may use the scores and probabilities; what only tells their shape dies with them."""
         self.interior.add(output)
         pending = [user for node in self.interior - {output} for user in node.users if user not in self.interior]
         while pending:
@@ -573,7 +590,9 @@ class _Reader:
         needed = inputs & self.interior
         if needed:
             names = ", ".join(sorted(node.name for node in needed))
-            raise Refuse("scores_used_elsewhere", f"{names}, which the attention reads, is computed from its own scores")
+            raise Refuse(
+                "scores_used_elsewhere", f"{names}, which the attention reads, is computed from its own scores"
+            )
         start = min(self.order[node] for node in self.interior | self.passed)
         end = self.order[site.output]
         roots: set[fx.Node] | None = None
@@ -582,12 +601,16 @@ class _Reader:
                 continue
             call = read(node)
             if call is not None and call.kind == Kind.MODE:
-                raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {node.name}, inside the attention")
+                raise Refuse(
+                    "mode_changes_inside", f"grad mode or autocast changes at {node.name}, inside the attention"
+                )
             written = mutated_arguments(node)
             if written:
                 roots = roots if roots is not None else set().union(*map(storage_roots, inputs))
                 if any(storage_roots(x) & roots for x in written):
-                    raise Refuse("inputs_written_between", f"{_describe(node)} writes to an input of the attention inside it")
+                    raise Refuse(
+                        "inputs_written_between", f"{_describe(node)} writes to an input of the attention inside it"
+                    )
 
 
 # --- helpers
@@ -685,7 +708,7 @@ def _swaps_last_two(call: Call) -> bool:
 
 
 def _source_of_repeat(call: Call) -> tuple[fx.Node, ...] | None:
-    """K or V with its own heads, and the nodes passed, where a call repeats each head [B, H, L, D] several times in place."""
+    """K or V with its own heads, and the nodes passed, if a call repeats each head of [B, H, L, D] in its place."""
     shape = shape_of(call.node)
     if shape is None or len(shape) != 4:
         return None
@@ -700,7 +723,12 @@ def _source_of_repeat(call: Call) -> tuple[fx.Node, ...] | None:
         return None
     unsqueezed = read(expand["input"])
     wide = shape_of(expand.node)
-    if unsqueezed is None or wide is None or len(wide) != 5 or unsqueezed.kind not in (Kind.UNSQUEEZE, Kind.GETITEM, Kind.VIEW):
+    if (
+        unsqueezed is None
+        or wide is None
+        or len(wide) != 5
+        or unsqueezed.kind not in (Kind.UNSQUEEZE, Kind.GETITEM, Kind.VIEW)
+    ):
         return None
     source = unsqueezed["input"]
     own, narrow = shape_of(source), shape_of(unsqueezed.node)
@@ -724,9 +752,8 @@ def _inserts_axis(index: Any, position: int) -> bool:
     """Whether an index is x[:, :, None, ...]: a new axis at `position` and everything else whole."""
     if not isinstance(index, tuple):
         index = (index,)
-    return (
-        list(index[: position + 1]) == [slice(None)] * position + [None]
-        and all(item == slice(None) or item is Ellipsis for item in index[position + 1 :])
+    return list(index[: position + 1]) == [slice(None)] * position + [None] and all(
+        item == slice(None) or item is Ellipsis for item in index[position + 1 :]
     )
 
 

@@ -80,7 +80,7 @@ class EinsumAxes:
         return cls(call.node.name, ((operands[0], terms[0]), (operands[1], terms[1])), output)
 
     def scores(self, key_axis: int, softmax: str) -> tuple[Factor, Factor, tuple[Permute, ...]]:
-        """Query [*lead, i, d] and key [*lead, d, j] of scores whose axis j is `key_axis`, and the move to the output."""
+        """Query [*lead, i, d], key [*lead, d, j] of scores whose axis j is `key_axis`, and the move to the output."""
         j = self.output[key_axis]
         with_j = [factor for factor in self.factors if j in factor[1]]
         if len(with_j) != 1:
@@ -117,7 +117,11 @@ class EinsumAxes:
         if j in self.output or j not in value_letters:
             raise Refuse("product_not_over_keys", f"{name} does not sum over the axis of the softmax")
         own = [c for c in value_letters if c not in letters]
-        if len(own) != 1 or i in value_letters or sorted(self.output) != sorted([*(c for c in letters if c != j), own[0]]):
+        if (
+            len(own) != 1
+            or i in value_letters
+            or sorted(self.output) != sorted([*(c for c in letters if c != j), own[0]])
+        ):
             raise Refuse("einsum_not_a_product", f"{name} is not a plain product of probabilities and values")
         order = _order(value_letters, [own[0] if c == i else c for c in letters])
         result = [own[0] if c == j else c for c in letters]

@@ -1,7 +1,7 @@
 """Which function, method, module or ATen overload means what.
 
-The same operation is spelled `torch.softmax`, `F.softmax`, `x.softmax(-1)`, `nn.Softmax` or `aten.softmax.int`, depending
-on who traced the graph. `read(node)` gives a `Call` with one kind and one set of argument names for all of them, and
+The same operation is spelled `torch.softmax`, `F.softmax`, `x.softmax(-1)`, `nn.Softmax` or `aten.softmax.int`,
+depending on who traced the graph. `read(node)` gives a `Call` with one kind and one set of argument names for all of them, and
 None for what no pass needs to understand. Arguments outside the table make a call unknown, never half understood.
 """
 
@@ -108,7 +108,8 @@ def _row(kind: Kind, parameters: str, *targets: Any, in_place: tuple[Any, ...] =
             table[target] = _Row(kind, tuple(parameters.split()), mutates)
 
 
-_row(Kind.MATMUL, "input other", torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__",
+_row(Kind.MATMUL, "input other", torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm",
+     "__matmul__",
      aten.matmul, aten.bmm, aten.mm)  # fmt: skip
 _row(Kind.BADDBMM, "input left right beta alpha", torch.baddbmm, "baddbmm", aten.baddbmm, in_place=("baddbmm_",))
 _row(Kind.ADDMM, "input left right beta alpha", torch.addmm, "addmm", aten.addmm)
@@ -129,11 +130,14 @@ _row(Kind.ADD, "input other alpha", torch.add, operator.add, "add", "__add__", "
      in_place=(operator.iadd, "add_", "__iadd__", aten.add_))  # fmt: skip
 _row(Kind.SUB, "input other alpha", torch.sub, torch.subtract, operator.sub, "sub", "subtract", "__sub__", aten.sub,
      in_place=(operator.isub, "sub_", "__isub__", aten.sub_))  # fmt: skip
-_row(Kind.MUL, "input other", torch.mul, torch.multiply, operator.mul, "mul", "multiply", "__mul__", "__rmul__", aten.mul,
-     in_place=(operator.imul, "mul_", "__imul__", aten.mul_))  # fmt: skip
-_row(Kind.DIV, "input other rounding_mode", torch.div, torch.divide, torch.true_divide, operator.truediv, "div", "divide",
-     "true_divide", "__truediv__", aten.div, in_place=(operator.itruediv, "div_", "__itruediv__", aten.div_))  # fmt: skip
-_row(Kind.NEG, "input", torch.neg, torch.negative, operator.neg, "neg", "__neg__", aten.neg, in_place=("neg_", aten.neg_))
+_row(Kind.MUL, "input other", torch.mul, torch.multiply, operator.mul, "mul", "multiply", "__mul__", "__rmul__",
+     aten.mul, in_place=(operator.imul, "mul_", "__imul__", aten.mul_))  # fmt: skip
+_row(Kind.DIV, "input other rounding_mode", torch.div, torch.divide, torch.true_divide, operator.truediv, "div",
+     "divide", "true_divide", "__truediv__", aten.div,
+     in_place=(operator.itruediv, "div_", "__itruediv__", aten.div_))  # fmt: skip
+_row(
+    Kind.NEG, "input", torch.neg, torch.negative, operator.neg, "neg", "__neg__", aten.neg, in_place=("neg_", aten.neg_)
+)
 _row(Kind.TANH, "input", torch.tanh, F.tanh, "tanh", aten.tanh, in_place=("tanh_", aten.tanh_))
 _row(Kind.CLAMP, "input min max", torch.clamp, torch.clip, "clamp", "clip", aten.clamp, F.hardtanh, aten.hardtanh,
      in_place=("clamp_", "clip_", aten.clamp_))  # fmt: skip
@@ -148,7 +152,17 @@ _row(Kind.MASKED_FILL, "input mask value", torch.masked_fill, "masked_fill", ate
 _row(Kind.WHERE, "condition input other", torch.where, aten.where)
 _row(Kind.DROPOUT, "input p training inplace", F.dropout)
 _row(Kind.DROPOUT, "input p training", torch.dropout, aten.dropout, in_place=(torch.dropout_, aten.dropout_))
-_row(Kind.CAST, "input dtype", "to", "type", aten._to_copy, aten.to, torch.ops.prims.convert_element_type, "type_as", aten.type_as)
+_row(
+    Kind.CAST,
+    "input dtype",
+    "to",
+    "type",
+    aten._to_copy,
+    aten.to,
+    torch.ops.prims.convert_element_type,
+    "type_as",
+    aten.type_as,
+)
 _row(Kind.CAST, "input", "float", "half", "bfloat16", "double")
 _row(Kind.SAME, "input", "contiguous", "clone", torch.clone, aten.contiguous, aten.clone, aten.alias)
 _row(Kind.VIEW, "input size", "view", "reshape", torch.reshape, aten.view, aten.reshape, aten._unsafe_view)
@@ -214,7 +228,7 @@ def read(node: Any) -> Call | None:
     if row is None:
         return None
     arguments = _bind(row, node)
-    if arguments is None or not isinstance(arguments.get("input", node), fx.Node) and row.kind not in _SCALAR_FIRST:
+    if arguments is None or (not isinstance(arguments.get("input", node), fx.Node) and row.kind not in _SCALAR_FIRST):
         return None
     if node.target in ("float", "half", "bfloat16", "double"):
         arguments["dtype"] = _CAST_METHODS[node.target]
@@ -264,7 +278,7 @@ def _bind(row: _Row, node: fx.Node) -> dict[str, Any] | None:
     arguments.update(zip(row.parameters, positional, strict=False))
     for name, value in node.kwargs.items():
         name = _SAME_NAMES.get(name, name)
-        if name in row.parameters or (row.kind == Kind.CAST and name == "dtype"):
+        if name in row.parameters:
             arguments[name] = value
         elif name not in _IGNORED and value is not None:
             return None
@@ -284,10 +298,12 @@ def _cast_target(node: fx.Node) -> dict[str, Any]:
 
 def _read_module(node: fx.Node) -> Call | None:
     module = _module_of(node)
+    if module is None:
+        return None
     if isinstance(module, _OPAQUE_MODULES):
         return Call(Kind.OPAQUE, node, {})
     entry = _MODULES.get(type(module))
-    if module is None or entry is None or len(node.args) != 1 or node.kwargs:
+    if entry is None or len(node.args) != 1 or node.kwargs:
         return None
     kind, arguments = entry
     if module._forward_hooks or module._forward_pre_hooks:

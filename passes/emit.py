@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -84,8 +84,8 @@ class Emitter:
         if dims == sorted(dims):
             return x
         if x in self.emitted and x.target is aten.permute.default:
-            source, inner = x.args
-            return self.permute(source, [inner[d] for d in dims])  # type: ignore[index, union-attr, arg-type]
+            source, inner = cast(tuple[fx.Node, list[int]], x.args)
+            return self.permute(source, [inner[d] for d in dims])
         return self.call(aten.permute.default, x, dims)
 
     def transpose_last(self, x: fx.Node) -> fx.Node:
@@ -105,9 +105,7 @@ class Emitter:
 
     def _is_known_shape(self, x: fx.Node, shape: Sequence[Any]) -> bool:
         own = self.shape(x)
-        return len(own) == len(shape) and all(
-            statically_known_true(a == b) for a, b in zip(own, shape, strict=True)
-        )
+        return len(own) == len(shape) and all(statically_known_true(a == b) for a, b in zip(own, shape, strict=True))
 
     def _sizes(self, x: fx.Node, shape: Sequence[Any], allow_inferred: bool) -> list[Any]:
         """`shape` as arguments: numbers, and nodes for symbolic sizes; one that has no node may be inferred."""
@@ -128,7 +126,7 @@ class Emitter:
     def size_node(self, size: Any, near: fx.Node, avoid: Sequence[fx.Node] = ()) -> fx.Node | None:
         """A node whose value is the symbolic `size`: a size of `near`, or any number before here and not in `avoid`."""
         for axis, own in enumerate(self.shape(near)):
-            if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
+            if _is_symbol(own, size):
                 return self.call(aten.sym_size.int, near, axis)
         for node in self.graph.nodes:
             if node is self.before:
@@ -136,13 +134,18 @@ class Emitter:
             if node in avoid or any(x in avoid for x in node.all_input_nodes):
                 continue
             value = value_of(node)
-            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+            if _is_symbol(value, size):
                 return node
             if isinstance(value, torch.Tensor) and node.op == "placeholder":
                 for axis, own in enumerate(value.shape):
-                    if isinstance(own, torch.SymInt) and own.node.expr == size.node.expr:
+                    if _is_symbol(own, size):
                         return self.call(aten.sym_size.int, node, axis)
         return None
+
+
+def _is_symbol(value: Any, size: Any) -> bool:
+    """Whether a value is the same symbolic number as `size`."""
+    return isinstance(value, torch.SymInt) and bool(value.node.expr == size.node.expr)
 
 
 def _fake_mode(graph: fx.Graph) -> tuple[str | None, FakeTensorMode | None]:

@@ -60,7 +60,9 @@ class _Reader:
         if gate is not None and gate["input"] is not up["input"]:
             return None
         if dropout == (None, None):
-            raise Refuse("dropout_mode_not_static", f"a dropout before {self.down.node.name} is not static, or not alone")
+            raise Refuse(
+                "dropout_mode_not_static", f"a dropout before {self.down.node.name} is not static, or not alone"
+            )
         self._check_used_once()
         layers = [linear_layer(c) for c in (up, gate, self.down) if c is not None]
         self._check_dtypes(up["input"], layers)
@@ -82,12 +84,15 @@ class _Reader:
     def _merge(self, dropout: tuple[Any, fx.Node | None], call: Call) -> tuple[Any, fx.Node | None]:
         """The dropout after one more call; (None, None) if it is not static."""
         p = call.get("p", 0.5)
+        found: tuple[Any, fx.Node | None]
         if "module" in call.arguments:
             found = (p, call.node) if p > 0 else (0.0, None)
         elif call.get("training", True) is False or p == 0:
             found = (0.0, None)
         else:
-            found = (float(p), None) if call.get("training", True) is True and isinstance(p, (int, float)) else (None, None)
+            found = (
+                (float(p), None) if call.get("training", True) is True and isinstance(p, (int, float)) else (None, None)
+            )
         if found == (0.0, None):
             return dropout
         return found if dropout == (0.0, None) else (None, None)
@@ -143,7 +148,9 @@ class _Reader:
         tensors = [x, *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))]
         dtypes = {dtype for t in tensors if (dtype := dtype_of(t)) is not None}
         if len(dtypes) > 1:
-            raise Refuse("mixed_dtypes", f"the layers of {self.down.node.name} have the dtypes {sorted(map(str, dtypes))}")
+            raise Refuse(
+                "mixed_dtypes", f"the layers of {self.down.node.name} have the dtypes {sorted(map(str, dtypes))}"
+            )
 
     def _check_span(self, x: fx.Node, layers: list[LinearLayer]) -> None:
         """The op stands where the down projection stood, so nothing it reads may have changed in between."""

@@ -25,7 +25,9 @@ def judge_ffn(site: FFNSite, config: SiteConfig, pays: bool) -> Refusal | None:
     if not config.enabled:
         return Refusal("disabled_by_config", "sites= turns it off", site.output)
     if config.ffn_k is None and not ACTIVATIONS[site.activation].is_relu_like:
-        return Refusal("ffn_k_not_given", f"{site.activation} units are rarely zero: give ffn_k to rewrite it", site.output)
+        return Refusal(
+            "ffn_k_not_given", f"{site.activation} units are rarely zero: give ffn_k to rewrite it", site.output
+        )
     hidden_size = site.up.shape[0] if site.up.shape is not None else None
     if not isinstance(hidden_size, int):
         return Refusal("shape_unknown", "the shape of the up projection's weight was not traced", site.output)

@@ -76,7 +76,7 @@ def whole_axis(before: Sequence[Any], after: Sequence[Any], axis: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A path of moves, and where the axes i and j stand at its end (counted from the back where the rank is unknown)."""
+    """A path of moves, and where the axes i and j stand at its end (from the back where the rank is unknown)."""
 
     moves: tuple[Permute | View, ...] = ()
     axes: tuple[int, int] = (-2, -1)

@@ -108,9 +108,7 @@ def _arrange(emit: Emitter, factor: Factor) -> fx.Node:
     return emit.transpose_last(x) if factor.transposed else x
 
 
-def _to_softmax(
-    emit: Emitter, x: fx.Node, layout: Layout, axes: tuple[int, int], end: Layout | None = None
-) -> fx.Node:
+def _to_softmax(emit: Emitter, x: fx.Node, layout: Layout, axes: tuple[int, int], end: Layout | None = None) -> fx.Node:
     """x brought along `layout` to the softmax, and its axes i and j put last."""
     end = end or layout
     x, _ = layout.apply(emit, x, axes)
@@ -232,9 +230,7 @@ def _check_shape(emit: Emitter, new: fx.Node, old: fx.Node) -> None:
     before, after = shape_of(old), shape_of(new)
     if before is None or after is None:
         return
-    if len(before) != len(after) or not all(
-        statically_known_true(a == b) for a, b in zip(before, after, strict=True)
-    ):
+    if len(before) != len(after) or not all(statically_known_true(a == b) for a, b in zip(before, after, strict=True)):
         raise EmitError(f"the top-k op would have the shape {tuple(after)}, and {old.name} has {tuple(before)}")
 
 

@@ -12,7 +12,7 @@ from .layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A softmax, attention call or FFN that stays dense: a snake_case reason, a sentence for the model's owner, the node."""
+    """A candidate that stays dense: a snake_case reason, a sentence for the model's owner, and the node."""
 
     reason: str
     detail: str
@@ -29,7 +29,7 @@ class Refuse(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """A node as one factor of a product: its axes put in `order` (None is a new axis of size 1), then the last two swapped."""
+    """A factor of a product: a node, its axes put in `order` (None: a new axis of size 1), the last two then swapped."""
 
     node: fx.Node
     order: tuple[int | None, ...] | None = None
@@ -60,10 +60,10 @@ class AttentionSite:
     """softmax(score(scale * Q K^T)) V, whatever its spelling.
 
     The scores move along `score_layout` from the product to the softmax and along `weight_layout` from there to the
-    product with V. `sizes` are nodes that read
-    a symbolic size off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes are None where tracing recorded none. The factors
-    stand in the axes of their product: the query has D in the place of the key axis, the
-    key D in that of the query axis, the value Dv in that of the query axis.
+    product with V. The factors stand in the axes of their product: the query has D in the place of the key axis, the
+    key D in that of the query axis, the value Dv in that of the query axis. `sizes` are nodes that read a symbolic size
+    off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes after it are None where
+    tracing recorded none. A scale of None is SDPA's default.
     """
 
     anchor: fx.Node

@@ -55,7 +55,12 @@ def _exp_minus_logsumexp(exp: Call) -> Softmax | None:
     if shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
         return None
     total = read(shift.get("other"))
-    if total is None or total.kind != Kind.LOGSUMEXP or total["input"] is not shift["input"] or not total.get("keepdim"):
+    if (
+        total is None
+        or total.kind != Kind.LOGSUMEXP
+        or total["input"] is not shift["input"]
+        or not total.get("keepdim")
+    ):
         return None
     dim = _one_dim(total.get("dim"))
     return None if dim is None else Softmax(shift["input"], dim, exp.node, (total.node, shift.node, exp.node))

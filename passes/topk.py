@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
@@ -36,7 +36,7 @@ class TopKPass:
 
     config: TopKConfig
     lowering: str
-    pays: Any
+    pays: Callable[[str, tuple[Any, ...] | None, Keep], bool]
     name: str = "topk"
 
     def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:

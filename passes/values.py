@@ -93,7 +93,17 @@ def is_matrix(node: fx.Node) -> bool:
     return call.kind in (Kind.MATRIX_TRANSPOSE, Kind.REPEAT_INTERLEAVE)
 
 
-_SCALAR_FUNCTIONS = {math.sqrt, math.log, math.exp, math.pow, float, int, torch.sym_float, torch.sym_sqrt, torch.sym_int}
+_SCALAR_FUNCTIONS = {
+    math.sqrt,
+    math.log,
+    math.exp,
+    math.pow,
+    float,
+    int,
+    torch.sym_float,
+    torch.sym_sqrt,
+    torch.sym_int,
+}
 _SCALAR_OPERATORS = {operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.pow,
                      operator.neg}  # fmt: skip
 

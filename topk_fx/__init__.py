@@ -1,7 +1,7 @@
 """topk_fx: every softmax(QK^T)V and FFN of a traced PyTorch model as an exact, chunked top-k op.
 
-    torch.compile(model, backend="topk", options={"k": 64})
-    new, report = topk_fx.rewrite(program, k=64)
+torch.compile(model, backend="topk", options={"k": 64})
+new, report = topk_fx.rewrite(program, k=64)
 """
 
 from . import errors, lowering, ops, reference, testing, vmap  # noqa: F401  (importing them registers the ops)

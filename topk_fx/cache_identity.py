@@ -41,7 +41,7 @@ def cache_identity(lowering_name: str) -> str:
 
 
 def with_identity(options: dict[str, Any], identity: str) -> dict[str, Any]:
-    """Inductor's `options` with the identity in its cache keys. A pass of the user's own still runs and still counts."""
+    """Inductor's `options` with the identity in its cache keys. A pass of the user's own still runs and counts."""
     users_pass = options.get("post_grad_custom_pre_pass", inductor_config.post_grad_custom_pre_pass)
     return {**options, "post_grad_custom_pre_pass": _Identity(identity, users_pass)}
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._inductor
 from torch import fx
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd.function import _SingleLevelFunction
 
 from .config import nearest
 from .errors import ConfigError
 
-SingleLevelFunction = _SingleLevelFunction
-"""The base of an autograd.Function that runs inside the dispatcher, below functorch's own levels.
+Compiled = Callable[..., Any]
 
-`torch.autograd.Function.apply` hands over to functorch while one of its transforms is active; an op's kernel is called
-when functorch has already peeled off its level, so that it must record on that level alone.
-"""
 
-single_level_autograd = enable_single_level_autograd_function
-"""Allows `SingleLevelFunction.apply` while a functorch transform is active."""
+class SingleLevelFunction(_SingleLevelFunction):
+    """The base of an autograd.Function that runs inside the dispatcher, below functorch's own levels.
+
+    `torch.autograd.Function.apply` hands over to functorch while one of its transforms is active; an op's kernel is
+    called when functorch has already peeled off its level, so that it must record on that level alone.
+    """
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """`apply`, allowed while a functorch transform is active."""
+        with enable_single_level_autograd_function():
+            return cls.apply(*args)  # type: ignore[attr-defined]
 
 
 def expand_mode(mode: str) -> dict[str, Any]:
@@ -40,16 +48,16 @@ def expand_mode(mode: str) -> dict[str, Any]:
 
 def compile_with(
     inner: str, module: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any], identity: str
-) -> Callable[..., Any]:
+) -> Compiled:
     """Compiles a rewritten graph: with Inductor under `options`, or with a debugging backend."""
     if inner == "eager":
         return module.forward
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(module, inputs)  # type: ignore[no-any-return]
+        return cast(Compiled, aot_eager(module, list(inputs)))
     from torch._inductor.compile_fx import compile_fx
 
     from .cache_identity import with_identity
 
-    return compile_fx(module, inputs, config_patches=with_identity(options, identity))  # type: ignore[no-any-return]
+    return compile_fx(module, inputs, config_patches=with_identity(options, identity))  # type: ignore[return-value]

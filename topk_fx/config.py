@@ -8,12 +8,15 @@ import fnmatch
 import numbers
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from .errors import ConfigError, UnknownOptionError
 
 Keep = int | float | Literal["all"]
 """How much is kept: a count >= 1, a share in (0, 1], or "all"."""
+
+FrozenSites = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+"""Settings by glob as nested tuples, so that a config is hashable."""
 
 DEFAULT_K = 128
 DEFAULT_FFN_K = 0.25
@@ -94,7 +97,7 @@ class TopKConfig:
     k: Keep | None = None
     ffn_k: Keep | None = None
     when: Literal["pays", "always"] | None = None
-    sites: Mapping[str, Mapping[str, Any] | bool] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    sites: Mapping[str, Mapping[str, Any] | bool] | FrozenSites = ()
     lowering: Literal["aten", "cpu", "triton"] | None = None
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     _k_given: bool = dataclasses.field(init=False, repr=False, default=False)
@@ -138,7 +141,7 @@ class TopKConfig:
         """The settings for the site in module `where`."""
         assert self.k is not None
         settings: dict[str, Any] = {}
-        for pattern, items in self.sites:  # type: ignore[misc]
+        for pattern, items in cast(FrozenSites, self.sites):
             if fnmatch.fnmatchcase(where, pattern):
                 settings.update(items)
         k = settings.get("k", self.k)
@@ -162,7 +165,7 @@ def _choice(name: str, value: object, accepted: tuple[str, ...], optional: bool 
         raise ConfigError(f"{name}={value!r} is not accepted: give one of {', '.join(map(repr, accepted))}.{hint}")
 
 
-def _freeze_sites(sites: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+def _freeze_sites(sites: object) -> FrozenSites:
     """`sites` as nested tuples, so that the config is hashable."""
     if isinstance(sites, tuple):
         sites = {pattern: dict(items) for pattern, items in sites}

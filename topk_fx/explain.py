@@ -16,7 +16,7 @@ from .report import RewriteReport
 
 def explain(
     model: Callable[..., Any] | fx.GraphModule | ExportedProgram,
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | torch.Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     config: TopKConfig | None = None,
     **options: Any,
@@ -34,7 +34,9 @@ def explain(
     Raises:
         ConfigError: an option is not accepted.
     """
-    if isinstance(model, (fx.GraphModule, ExportedProgram)):
+    if isinstance(model, fx.GraphModule):
+        return rewrite(model, config, **options)[1]
+    if isinstance(model, ExportedProgram):
         return rewrite(model, config, **options)[1]
     config = TopKConfig.from_options(options) if config is None else config.replace(**options)
     reports: list[RewriteReport] = []

@@ -70,9 +70,7 @@ def attention(
     if is_causal:
         steps.append("causal")
     kept = max(1, kept_count(keep, key.size(-2)))
-    return torch.ops.topk_fx.attention(  # type: ignore[no-any-return]
-        query, key, value, operands, " ".join(steps), scale, kept, dropout_p, True
-    )
+    return torch.ops.topk_fx.attention(query, key, value, operands, " ".join(steps), scale, kept, dropout_p, True)
 
 
 def ffn(
@@ -118,7 +116,7 @@ def ffn(
     check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     _check_dropout(dropout_p)
     kept = kept_count(keep, up_weight.size(0))
-    return torch.ops.topk_fx.ffn(  # type: ignore[no-any-return]
+    return torch.ops.topk_fx.ffn(
         input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation, kept, dropout_p
     )
 

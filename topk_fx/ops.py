@@ -5,8 +5,9 @@
       topk_fx::attention_backward   its sparse gradient
     topk_fx::ffn, ffn_forward, ffn_backward   the same for the FFN
 
-The vmap rules are in `vmap`. The outer ops are composite: autograd, AOTAutograd and torch.export's decompositions see through them to the inner
-ones, so that the graph a person reads stays one line a site, while a training graph holds the two kernels.
+The outer ops are composite: autograd, AOTAutograd and torch.export's decompositions see through them to the inner ones,
+so that the graph a person reads stays one line a site, while a training graph holds the two kernels. The rules for vmap
+are in `vmap`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import SingleLevelFunction, single_level_autograd
+from .compat import SingleLevelFunction
 from .errors import UnsupportedDerivativeError
 from .reference import compute
 from .score import Score, check_operands
@@ -47,8 +48,8 @@ library.define(
     "-> (Tensor output, Tensor indices, Tensor up, Tensor gate)"
 )
 library.define(
-    "ffn_backward(Tensor grad, Tensor input, Tensor up_weight, Tensor? gate_weight, Tensor down_weight, Tensor indices, "
-    "Tensor up, Tensor gate, Tensor? dropout_keep, str activation, float dropout_p) "
+    "ffn_backward(Tensor grad, Tensor input, Tensor up_weight, Tensor? gate_weight, Tensor down_weight, "
+    "Tensor indices, Tensor up, Tensor gate, Tensor? dropout_keep, str activation, float dropout_p) "
     "-> (Tensor input, Tensor up_weight, Tensor up_bias, Tensor gate_weight, Tensor gate_bias, Tensor down_weight)"
 )
 
@@ -87,10 +88,9 @@ def _attention(
     if dropout_p > 0.0:
         kept = torch.sym_min(k, frame.key.size(-2))
         keep = torch.rand(*frame.query.shape[:-1], kept, device=query.device) >= dropout_p
-    with single_level_autograd():
-        output, _, _ = _Attention.apply(
-            frame.query, frame.key, frame.value, score, scale, k, keep, dropout_p, zero_empty_rows, *frame.operands
-        )
+    output, _, _ = _Attention.run(
+        frame.query, frame.key, frame.value, score, scale, k, keep, dropout_p, zero_empty_rows, *frame.operands
+    )
     return output.reshape(frame.output_shape)
 
 
@@ -110,7 +110,7 @@ class _Attention(SingleLevelFunction):
         zero_empty_rows: bool,
         *operands: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.topk_fx.attention_forward(  # type: ignore[no-any-return]
+        return torch.ops.topk_fx.attention_forward(
             query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows
         )
 
@@ -129,10 +129,9 @@ class _Attention(SingleLevelFunction):
         if grad is None:
             return (None,) * (9 + len(operands))
         needs_grad = list(ctx.needs_input_grad[9:])
-        with single_level_autograd():
-            grad_query, grad_key, grad_value, *rest = _AttentionBackward.apply(
-                grad, query, key, value, ctx.score, ctx.scale, indices, weights, ctx.dropout_p, needs_grad, *operands
-            )
+        grad_query, grad_key, grad_value, *rest = _AttentionBackward.run(
+            grad, query, key, value, ctx.score, ctx.scale, indices, weights, ctx.dropout_p, needs_grad, *operands
+        )
         found = iter(rest)
         grad_operands = [next(found) if needed else None for needed in needs_grad]
         return grad_query, grad_key, grad_value, None, None, None, None, None, None, *grad_operands
@@ -244,10 +243,9 @@ def _ffn(
     keep = None
     if dropout_p > 0.0:
         keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p
-    with single_level_autograd():
-        output, *_ = _FFN.apply(
-            tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p
-        )
+    output, *_ = _FFN.run(
+        tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p
+    )
     if down_bias is not None:
         output = output + down_bias
     return output.reshape(*input.shape[:-1], output.size(-1))
@@ -258,7 +256,7 @@ class _FFN(SingleLevelFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.topk_fx.ffn_forward(*args)  # type: ignore[no-any-return]
+        return torch.ops.topk_fx.ffn_forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -274,10 +272,9 @@ class _FFN(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 10
-        with single_level_autograd():
-            input, up_weight, up_bias, gate_weight, gate_bias, down_weight = _FFNBackward.apply(
-                grad, *ctx.saved_tensors, ctx.activation, ctx.dropout_p
-            )
+        input, up_weight, up_bias, gate_weight, gate_bias, down_weight = _FFNBackward.run(
+            grad, *ctx.saved_tensors, ctx.activation, ctx.dropout_p
+        )
         up_dtype, gate_dtype = ctx.bias_dtypes
         up_bias = None if up_dtype is None else up_bias.to(up_dtype)
         gate_bias = None if gate_dtype is None else gate_bias.to(gate_dtype)
@@ -296,7 +293,7 @@ class _FFNBackward(SingleLevelFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.topk_fx.ffn_backward(*args)  # type: ignore[no-any-return]
+        return torch.ops.topk_fx.ffn_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -381,7 +378,7 @@ def _register(name: str, composite: Callable[..., Tensor]) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Tensor:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 # The operands of a score are in a list and so keep their precision, as an added mask does.
-                return op(*map(lower, args), **{n: lower(x) for n, x in kwargs.items()})  # type: ignore[no-any-return]
+                return op(*map(lower, args), **{n: lower(x) for n, x in kwargs.items()})
 
         return kernel
 

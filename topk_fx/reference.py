@@ -46,7 +46,7 @@ def attention(
 
 
 def select(scores: Tensor, k: Keep, *, empty_row: float = math.nan) -> tuple[Tensor, Tensor]:
-    """softmax over the k largest of each row of scores [..., Lq, Lk]: weights and key indices, both [..., Lq, min(k, Lk)].
+    """softmax over the k largest of each row of scores [..., Lq, Lk]: weights and indices, both [..., Lq, min(k, Lk)].
 
     Ties keep the lowest key index. A score of -inf is a key that is masked out: where fewer than k others are left, its
     index is -1 and its weight 0. A row with no other score has the weights `empty_row`: NaN, what softmax gives, or 0,
@@ -64,7 +64,7 @@ def select(scores: Tensor, k: Keep, *, empty_row: float = math.nan) -> tuple[Ten
 
 
 def weigh(weights: Tensor, indices: Tensor, value: Tensor) -> Tensor:
-    """sum_j weights_ij * value[indices_ij]: [..., Lq, Dv] in the dtype of value [..., Lk, Dv]. Index -1 adds nothing."""
+    """sum_j weights_ij * value[indices_ij]: [..., Lq, Dv], dtype of value [..., Lk, Dv]. Index -1 adds nothing."""
     if value.size(-2) == 0:
         return value.new_zeros(*weights.shape[:-1], value.size(-1))
     rows = compute(value).expand(*weights.shape[:-2], *value.shape[-2:]).unsqueeze(-3)
@@ -94,7 +94,7 @@ def ffn(
     down_bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The k hidden units of largest magnitude of each token, through the down projection. Arguments as `topk_fx.ffn`."""
+    """The k hidden units of largest magnitude of each token, projected down. Arguments as `topk_fx.ffn`."""
     up = F.linear(compute(input), compute(up_weight), None if up_bias is None else compute(up_bias))
     if gate_weight is None:
         hidden = ACTIVATIONS[activation].function(up)

@@ -124,7 +124,7 @@ Read = Callable[[Operand], Tensor]
 def _values(step: Step, read: Read, scores: Tensor) -> tuple[str, list[Any]]:
     """The step's name, `mask` resolved by the dtype of its operand, and its arguments in the dtype of the scores."""
     name, arguments = step.name, list(step.arguments)
-    values = [read(a) if isinstance(a, Operand) else a for a in arguments]
+    values: list[Any] = [read(a) if isinstance(a, Operand) else a for a in arguments]
     if name == "mask":
         name, values = ("keep", [*values, -torch.inf]) if values[0].dtype == torch.bool else ("add", values)
     start = 1 if name in _CONDITIONAL else 0
@@ -162,9 +162,7 @@ def apply(score: Score, scores: Tensor, read: Read, is_future: Callable[[], Tens
     return scores
 
 
-def differentiate_step(
-    step: Step, before: Tensor | None, grad: Tensor, read: Read
-) -> tuple[Tensor, dict[int, Tensor]]:
+def differentiate_step(step: Step, before: Tensor | None, grad: Tensor, read: Read) -> tuple[Tensor, dict[int, Tensor]]:
     """The gradient before `step`, and those of its operands, from the one after it.
 
     Args:
@@ -175,7 +173,7 @@ def differentiate_step(
     operands = step.operands
     match name:
         case "add":
-            return grad, {index: grad for index in operands}
+            return grad, dict.fromkeys(operands, grad)
         case "mul":
             return grad * x[0], {index: grad * _given(before) for index in operands}
         case "div":

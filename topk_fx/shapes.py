@@ -54,7 +54,11 @@ def attention_frame(query: Tensor, key: Tensor, value: Tensor, operands: Sequenc
     value = value.expand(*batch, *value.shape[-3:])
     output_shape = (*batch, *query_shape, value.size(-1))[-rank:]
     return AttentionFrame(
-        _join_batch(query), _join_batch(key), _join_batch(value), tuple(_join_operand(x, batch) for x in rest), output_shape
+        _join_batch(query),
+        _join_batch(key),
+        _join_batch(value),
+        tuple(_join_operand(x, batch) for x in rest),
+        output_shape,
     )
 
 
@@ -74,9 +78,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"key has shape {tuple(key.shape)} and query {tuple(query.shape)}: their last sizes (head size) differ"
         )
     if value.size(-2) != key.size(-2) and key.size(-2) != 1:
-        raise ShapeError(
-            f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths (next to last sizes) differ"
-        )
+        raise ShapeError(f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths differ")
 
 
 def _broadcast(what: str, *shapes: Sequence[int]) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ def graph_text(program: fx.Graph | fx.GraphModule | ExportedProgram) -> str:
     torch's code generation, so a snapshot test can compare it. Child graphs follow their parent, indented.
     """
     if isinstance(program, ExportedProgram):
-        program = program.graph_module
-    graph = program.graph if isinstance(program, fx.GraphModule) else program
+        return graph_text(program.graph_module)
+    graph: fx.Graph = program.graph if isinstance(program, fx.GraphModule) else program
     lines = [_line(node) for node in graph.nodes]
     if isinstance(program, fx.GraphModule):
         for name, child in program.named_children():

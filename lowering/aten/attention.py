@@ -158,12 +158,25 @@ def attention_backward(
     ]
     program = Score.parse(score)
     for batch, heads in _head_groups(key.size(1), value.size(1), weights):
-        parts = [_narrow(x, batch, heads, weights.size(1)) for x in (grad, query, key, value, indices, weights)]
-        part_operands = [_narrow(x, batch, heads, weights.size(1)) for x in operands]
-        part_sums = [None if x is None else _narrow(x, batch, heads, weights.size(1)) for x in sums]
-        found = _backward_part(*parts, program, part_operands, part_sums, scale, dropout_p)
-        for whole, part in zip(grads, found, strict=True):
-            _narrow(whole, batch, heads, weights.size(1)).copy_(part)
+
+        def part(x: Tensor, batch: slice = batch, heads: slice = heads) -> Tensor:
+            return _narrow(x, batch, heads, weights.size(1))
+
+        found = _backward_part(
+            part(grad),
+            part(query),
+            part(key),
+            part(value),
+            part(indices),
+            part(weights),
+            program,
+            [part(x) for x in operands],
+            [None if x is None else part(x) for x in sums],
+            scale,
+            dropout_p,
+        )
+        for whole, gradient in zip(grads, found, strict=True):
+            part(whole).copy_(gradient)
     return [*grads, *(x.to(y.dtype) for x, y in zip(sums, operands, strict=True) if x is not None)]
 
 

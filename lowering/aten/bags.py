@@ -32,7 +32,7 @@ class Bags:
 
     @classmethod
     def of(cls, indices: Tensor, heads: int, key_count: int) -> Bags:
-        """Bags over a table of `heads` (per batch) times `key_count` rows, from indices [B, Hq, Lq, kept] (-1: empty)."""
+        """Bags over a table of batch * `heads` * `key_count` rows, from indices [B, Hq, Lq, kept] (-1: empty)."""
         batch, query_heads, queries, kept = indices.shape
         table_rows = batch * heads * key_count
         rows = batch * query_heads * queries
@@ -57,7 +57,7 @@ class Bags:
         output, *_ = torch.ops.aten._embedding_bag(
             table, self.flat, self._offsets(), False, _SUM, False, weights.reshape(-1)
         )
-        return output  # type: ignore[no-any-return]
+        return output
 
     def dot_products(self, rows: Tensor, table: Tensor) -> Tensor:
         """[rows, kept] from rows [rows, D] and table [table_rows + 1, D]."""
@@ -66,7 +66,7 @@ class Bags:
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             rows, table, self.flat, self._offsets(), self._bag_of_sample(), _SUM
         )
-        return products.view(self.rows, self.kept)  # type: ignore[no-any-return]
+        return products.view(self.rows, self.kept)
 
     def scatter_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
         """[table_rows, D] from rows [rows, D] and weights of rows * kept elements."""
@@ -84,7 +84,7 @@ class Bags:
             _SUM,
             weights.reshape(-1),
         )
-        return table[:-1]  # type: ignore[no-any-return]
+        return table[:-1]
 
 
 def as_table(x: Tensor, dtype: torch.dtype) -> Tensor:

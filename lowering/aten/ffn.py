@@ -1,8 +1,8 @@
 """The top-k FFN in chunks of tokens.
 
-Many tokens share no units, so both products of a chunk are dense GEMMs over [chunk, F] with zeros where nothing is kept:
-the time of a dense FFN, in memory that does not grow with tokens x hidden units. Saved for the backward are k units a
-token. Few tokens want a gather instead: that is a kernel's work.
+Many tokens share no units, so both products of a chunk are dense GEMMs over [chunk, F] with zeros where nothing is
+kept: the time of a dense FFN, in memory that does not grow with tokens x hidden units. Saved for the backward are k
+units a token. Few tokens want a gather instead: that is a kernel's work.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def ffn_backward(
         grad_down += y.T @ dense.scatter_(-1, chosen, hidden)
         if gate_rows is None:
             grad_up_kept = grad_hidden * derivative(up[rows])
-            grad_x = 0
+            grad_x = torch.zeros_like(x)
         else:
             grad_up_kept = grad_hidden * ACTIVATIONS[activation].function(gate[rows])
             grad_gate_kept = grad_hidden * up[rows] * derivative(gate[rows])
