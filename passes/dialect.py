@@ -1,8 +1,9 @@
 """Which function, method, module or ATen overload means what.
 
 The same operation is spelled `torch.softmax`, `F.softmax`, `x.softmax(-1)`, `nn.Softmax` or `aten.softmax.int`,
-depending on who traced the graph. `read(node)` gives a `Call` with one kind and one set of argument names for all of them, and
-None for what no pass needs to understand. Arguments outside the table make a call unknown, never half understood.
+depending on who traced the graph. `read(node)` gives a `Call` with one kind and one set of argument names for all of
+them, and None for what no pass needs to understand. Arguments outside the table make a call unknown, never half
+understood.
 """
 
 from __future__ import annotations

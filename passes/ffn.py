@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -15,19 +14,12 @@ from .values import constant_of, dtype_of, shape_of
 Order = dict[fx.Node, int]
 
 
-def find_ffns(graph: fx.Graph, order: Order) -> Iterator[FFNSite | Refusal]:
-    """Every FFN of a graph, in order. A linear layer that reads no activated linear layer is no candidate."""
-    for node in graph.nodes:
-        call = read(node)
-        if call is None or call.kind != Kind.LINEAR:
-            continue
-        try:
-            site = _Reader(call, order).read()
-        except Refuse as refusal:
-            yield Refusal(refusal.reason, refusal.detail, node)
-            continue
-        if site is not None:
-            yield site
+def find_ffn(down: Call, order: Order) -> FFNSite | Refusal | None:
+    """The FFN that a linear call closes, or why it stays dense; None if it reads no activated linear layer."""
+    try:
+        return _Reader(down, order).read()
+    except Refuse as refusal:
+        return Refusal(refusal.reason, refusal.detail, down.node)
 
 
 class _Reader:

@@ -46,49 +46,21 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
 
 _CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in _ARITHMETIC}
-_IN_PLACE_DUNDERS
-        return [x for x in node.args[:1] if mutates and isinstance(x, fx.Node)]
-    if node.op == "call_module":
-        call = read(node)
-        return [call["input"]] if call is not None and call.in_place else []
-    if node.op != "call_function":
-        return []
-    written: list[Any] = [node.kwargs.get("out")]
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        for position, argument in enumerate(target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.append(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
-    elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
-        written.append(node.args[0])
-    else:
-        name = getattr(target, "__name__", "")
-        if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True:
-            written.append(node.args[0] if node.args else node.kwargs.get("input"))
-        else:
-            call = read(node)
-            if call is not None and call.in_place:
-                written.append(call["input"])
-    nodes = [x for item in written for x in (item if isinstance(item, (list, tuple)) else [item])]
-    return [x for x in nodes if isinstance(x, fx.Node)]
-
-
-_CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
-_IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name.endswith(
-    ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor", "mod")) and name != "index"}  # fmt: skip
 _IN_PLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__ipow__"}
 
 
 def is_mutated(node: fx.Node) -> bool:
+    """Whether any node writes to this one."""
     return any(node in mutated_arguments(user) for user in node.users)
 
 
 # Results that share no memory with an argument, so that a later write to one does not reach the other.
 _FRESH = {
-    Kind.MATMUL, Kind.BADDBMM, Kind.ADDMM, Kind.EINSUM, Kind.LINEAR, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION, Kind.ADD,
-    Kind.ADDCMUL,     Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.EXP, Kind.SUM, Kind.AMAX, Kind.MASKED_FILL,
-    Kind.WHERE, Kind.RELU, Kind.GELU, Kind.SILU, Kind.POW, Kind.REPEAT_INTERLEAVE,
+    Kind.MATMUL, Kind.BADDBMM, Kind.ADDMM, Kind.EINSUM, Kind.LINEAR, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION,
+    Kind.ADD, Kind.ADDCMUL, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.EXP, Kind.SUM,
+    Kind.AMAX, Kind.MASKED_FILL, Kind.WHERE, Kind.RELU, Kind.GELU, Kind.SILU, Kind.POW, Kind.REPEAT_INTERLEAVE,
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class Refuse(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """A factor of a product: a node, its axes put in `order` (None: a new axis of size 1), the last two then swapped."""
+    """A factor of a product: a node, its axes put in `order` (None: a new axis of size 1), the last two swapped."""
 
     node: fx.Node
     order: tuple[int | None, ...] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,23 +22,16 @@ class Softmax:
     interior: tuple[fx.Node, ...]
 
 
-def find_softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
-    """Every softmax of a graph, in order."""
-    for node in graph.nodes:
-        call = read(node)
-        if call is None:
-            continue
-        match call.kind:
-            case Kind.SOFTMAX:
-                yield Softmax(call["input"], call.get("dim"), node, (node,))
-            case Kind.EXP:
-                found = _exp_of_log_softmax(call) or _exp_minus_logsumexp(call)
-                if found is not None:
-                    yield found
-            case Kind.DIV:
-                found = _exp_over_sum(call)
-                if found is not None:
-                    yield found
+def read_softmax(call: Call) -> Softmax | None:
+    """The softmax whose result a call is, in any spelling."""
+    match call.kind:
+        case Kind.SOFTMAX:
+            return Softmax(call["input"], call.get("dim"), call.node, (call.node,))
+        case Kind.EXP:
+            return _exp_of_log_softmax(call) or _exp_minus_logsumexp(call)
+        case Kind.DIV:
+            return _exp_over_sum(call)
+    return None
 
 
 def _exp_of_log_softmax(exp: Call) -> Softmax | None:

@@ -16,11 +16,11 @@ from topk_fx.report import Site as SiteReport
 from .attention import find_attention, find_sdpa
 from .dialect import Kind, read
 from .emit import EmitError
-from .ffn import find_ffns
+from .ffn import find_ffn
 from .judge import ffn_keep, judge_attention, judge_ffn
 from .rewrite import rewrite_attention, rewrite_ffn
 from .sites import AttentionSite, FFNSite, Refusal
-from .softmax import find_softmaxes
+from .softmax import read_softmax
 from .values import dtype_of, shape_of, value_of
 from .where import module_path
 
@@ -51,15 +51,19 @@ class TopKPass:
         return RewriteReport(tuple(sites), graph_name)
 
     def _rewrite_graph(self, graph: fx.Graph) -> Iterator[SiteReport]:
-        order = {node: position for position, node in enumerate(graph.nodes)}
-        found = sorted(find_sites(graph, order), key=lambda site: order[_anchor(site)])
-        for site in found:
+        order = _positions(graph)
+        for node in list(graph.nodes):
+            # A site's inputs may be the output of one before, so each is found when those before are rewritten.
+            site = find_site(node, order) if node in order else None
+            if site is None:
+                continue
             if isinstance(site, Refusal):
-                yield _refused(site, "attention" if read(site.node).kind != Kind.LINEAR else "ffn")  # type: ignore[union-attr]
-            elif isinstance(site, AttentionSite):
-                yield self._rewrite_attention(site)
-            else:
-                yield self._rewrite_ffn(site)
+                yield _refused(site)
+                continue
+            report = self._rewrite_attention(site) if isinstance(site, AttentionSite) else self._rewrite_ffn(site)
+            if report.rewritten:
+                order = _positions(graph)
+            yield report
 
     def _rewrite_attention(self, site: AttentionSite) -> SiteReport:
         where = module_path(site.anchor)
@@ -89,21 +93,24 @@ class TopKPass:
         return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts)
 
 
-def find_sites(graph: fx.Graph, order: dict[fx.Node, int]) -> Iterator[AttentionSite | FFNSite | Refusal]:
-    """Every candidate of one graph: each softmax and SDPA call, and each FFN, as a site or as a refusal."""
-    for softmax in find_softmaxes(graph):
-        yield find_attention(softmax, order)
-    for node in graph.nodes:
-        call = read(node)
-        if call is not None and call.kind == Kind.ATTENTION:
-            yield find_sdpa(call, order)
-        elif call is not None and call.kind == Kind.OPAQUE:
-            yield Refusal("opaque_call", f"{node.name} is one call: what happens inside is not in the graph", node)
-    yield from find_ffns(graph, order)
+def find_site(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | FFNSite | Refusal | None:
+    """The candidate that a node anchors: a softmax, an SDPA call, a down projection, or a call that hides one."""
+    call = read(node)
+    if call is None:
+        return None
+    match call.kind:
+        case Kind.ATTENTION:
+            return find_sdpa(call, order)
+        case Kind.LINEAR:
+            return find_ffn(call, order)
+        case Kind.OPAQUE:
+            return Refusal("opaque_call", f"{node.name} is one call: what happens inside is not in the graph", node)
+    softmax = read_softmax(call)
+    return None if softmax is None else find_attention(softmax, order)
 
 
-def _anchor(site: AttentionSite | FFNSite | Refusal) -> fx.Node:
-    return site.node if isinstance(site, Refusal) else site.anchor
+def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: position for position, node in enumerate(graph.nodes)}
 
 
 def _graph_modules(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -113,7 +120,9 @@ def _graph_modules(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
             yield child
 
 
-def _refused(refusal: Refusal, kind: str, where: str | None = None, **facts: Any) -> SiteReport:
+def _refused(refusal: Refusal, kind: str | None = None, where: str | None = None, **facts: Any) -> SiteReport:
+    call = read(refusal.node)
+    kind = kind or ("ffn" if call is not None and call.kind == Kind.LINEAR else "attention")
     where = module_path(refusal.node) if where is None else where
     return SiteReport(kind, False, refusal.reason, refusal.detail, where, refusal.node.name, **facts)
 

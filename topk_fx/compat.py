@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch._inductor
@@ -55,7 +55,7 @@ def compile_with(
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return cast(Compiled, aot_eager(module, list(inputs)))
+        return aot_eager(module, list(inputs))
     from torch._inductor.compile_fx import compile_fx
 
     from .cache_identity import with_identity
