@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .axes import EinsumAxes, read_move
 from .dialect import Call, Kind, read
+from .grouped_heads import look_through
 from .layout import Layout, LayoutError, Permute, View, whole_axis
-from .mutation import mutated_arguments, storage_roots
+from .mutation import mutated_arguments
+from .score_steps import NO_DROPOUT, Operand, Step, check_cast, merge_dropout, read_steps
 from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
-from .softmax import Softmax, row_maximum
-from .values import constant_of, dtype_of, filled_like, is_matrix, is_scalar, rank_of, shape_of, value_of
+from .softmax import Softmax
+from .span import check_span
+from .values import constant_of, is_matrix, is_scalar, rank_of, shape_of, value_of
+from .where import describe
 
 Order = dict[fx.Node, int]
 _CHAIN = {
@@ -112,24 +115,6 @@ class _Product:
     first_steps: tuple[ScoreStep, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Event:
-    """What the walk passed, later put in forward order: a step of the score, or a move of its axes."""
-
-    step: tuple[str, tuple[Any, ...]] | None = None
-    move: Call | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operand:
-    """An operand of a step before its stage is known."""
-
-    node: fx.Node
-    negated: bool = False
-    inverted: bool = False
-    multiplier: Any = 1
-
-
 class _Reader:
     """Reads one candidate. Raises Refuse at the first fact that cannot be proven."""
 
@@ -147,10 +132,13 @@ class _Reader:
         product = self._read_product(product_node, key_axis)
         score_layout, steps = self._forward_order(product, events)
         if not product.first_moves and not score_layout.moves:
-            product.query, product.key = self._simplify(product.query), self._simplify(product.key)
+            product.query, product.key = (
+                look_through(product.query, self.passed),
+                look_through(product.key, self.passed),
+            )
         weight_layout, dropout_p, dropout_module, output, value, output_order = self._walk_forward(score_layout)
         if not weight_layout.moves and output_order is None:
-            value = self._simplify(value)
+            value = look_through(value, self.passed)
         self._check_dtypes((product.query.node, product.key.node, value.node))
         self._check_interior(output)
         scale, scale_divides, steps = _leading_scale(steps)
@@ -176,7 +164,7 @@ class _Reader:
             head_size=_summed_size(product),
             value_size=_value_size(value),
         )
-        self._check_span(site)
+        self._check_inputs(site)
         return site
 
     # --- the softmax
@@ -196,9 +184,9 @@ class _Reader:
 
     # --- back to the product
 
-    def _walk_back(self, key_axis: int) -> tuple[fx.Node, list[_Event], int]:
+    def _walk_back(self, key_axis: int) -> tuple[fx.Node, list[Call | Step], int]:
         """From the softmax to the product: its node, what was passed (last first), and the softmax axis there."""
-        events: list[_Event] = []
+        events: list[Call | Step] = []
         user, node = self._first_user(), self.softmax.input
         while True:
             node = self._current(node, user)
@@ -214,7 +202,11 @@ class _Reader:
             if call.kind in _MOVES:
                 key_axis = self._move_back(call, key_axis, events)
             else:
-                self._read_step(call, source, events, key_axis)
+                reading = read_steps(call, source, self._dim(node, key_axis))
+                events += reversed(reading.steps)
+                self.interior.update(reading.absorbed)
+                if reading.takes_dtype_of is not None:
+                    self.dtypes_taken.append(reading.takes_dtype_of)
             self.interior.add(node)
             user, node = node, source
 
@@ -239,9 +231,9 @@ class _Reader:
 
     def _no_product(self, node: fx.Node) -> Refuse:
         if _reaches_product(node):
-            return Refuse("unknown_score_op", f"{_describe(node)} lies between the product and the softmax")
+            return Refuse("unknown_score_op", f"{describe(node)} lies between the product and the softmax")
         return Refuse(
-            "not_attention", f"no product of query and key leads to {self.softmax.output.name}: {_describe(node)}"
+            "not_attention", f"no product of query and key leads to {self.softmax.output.name}: {describe(node)}"
         )
 
     def _score_source(self, call: Call) -> fx.Node | None:
@@ -251,129 +243,13 @@ class _Reader:
         names = _SCORE_ARGUMENTS.get(call.kind, ("input",))
         sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and _leads_to_product(x)]
         if len(sources) == 2 and sources[0] is sources[1]:
-            raise Refuse("unknown_score_op", f"{_describe(call.node)} uses the scores twice")
+            raise Refuse("unknown_score_op", f"{describe(call.node)} uses the scores twice")
         own = shape_of(call.node)
         whole = [x for x in sources if own is not None and shape_of(x) == own]
         chosen = next(iter(whole or sources), None)
         if call.in_place and chosen is not call.get("input"):
-            raise Refuse("inputs_written_between", f"{_describe(call.node)} writes the scores into another tensor")
+            raise Refuse("inputs_written_between", f"{describe(call.node)} writes the scores into another tensor")
         return chosen
-
-    def _read_step(self, call: Call, source: fx.Node, events: list[_Event], key_axis: int) -> None:
-        """Appends what an elementwise call does to the scores; nothing for casts and the like."""
-
-        def number(x: Any, **how: Any) -> Any:
-            filled = filled_like(x, source)
-            return self._number_or_operand(self._unexpanded(x, source) if filled is None else filled, **how)
-
-        def step(name: str, *arguments: Any) -> None:
-            events.append(_Event(step=(name, arguments)))
-
-        match call.kind:
-            case Kind.ADD:
-                other = call["other"] if call["input"] is source else call["input"]
-                alpha = call.get("alpha", 1)
-                if other is call.get("input"):
-                    step("add", number(other))
-                    if alpha != 1:
-                        step("mul", number(alpha))
-                else:
-                    step("add", number(other, multiplier=alpha))
-            case Kind.SUB:
-                alpha = call.get("alpha", 1)
-                maximum = row_maximum(call["input"], call.get("other"), self._dim(call.node, key_axis))
-                if maximum is not None and alpha == 1:
-                    self.interior.update(maximum)  # softmax does not see what all keys of a row have in common
-                elif call["input"] is source:
-                    step("add", number(call["other"], negated=True, multiplier=alpha))
-                else:
-                    step("add", number(call["input"]))
-                    step("mul", number(alpha, negated=True))
-            case Kind.MUL:
-                step("mul", number(call["other"] if call["input"] is source else call["input"]))
-            case Kind.DIV:
-                if call.get("rounding_mode") is not None:
-                    raise Refuse("unknown_score_op", f"{_describe(call.node)} rounds the scores")
-                step("div", number(call["other"]))
-            case Kind.ADDCMUL:
-                step("add", number(call["input"]))
-                for factor in (call.get("value", 1), call["tensor2" if call["tensor1"] is source else "tensor1"]):
-                    step("mul", number(factor))
-            case Kind.NEG:
-                step("mul", -1.0)
-            case Kind.TANH:
-                step("tanh")
-            case Kind.CLAMP:
-                step("clamp", *self._bounds(call))
-            case Kind.MASKED_FILL:
-                step("fill", self._condition(self._unexpanded(call["mask"], source)), number(call["value"]))
-            case Kind.WHERE:
-                is_kept = call["input"] is source
-                other = call["other"] if is_kept else call["input"]
-                step(
-                    "keep" if is_kept else "fill",
-                    self._condition(self._unexpanded(call["condition"], source)),
-                    number(other),
-                )
-            case Kind.CAST:
-                self._check_cast(call)
-            case Kind.DROPOUT:
-                if self._dropout(call) != (0.0, None):
-                    raise Refuse("dropout_on_scores", f"{_describe(call.node)} drops scores before the softmax")
-            case Kind.SAME:
-                pass
-            case _:
-                raise Refuse("unknown_score_op", f"{_describe(call.node)} lies between the product and the softmax")
-        self._check_same_shape(call.node, source)
-
-    def _number_or_operand(self, x: Any, negated: bool = False, multiplier: Any = 1) -> Any:
-        number, factor = constant_of(x), constant_of(multiplier)
-        if number is not None and factor is not None:
-            return -number * factor if negated else number * factor
-        if isinstance(x, bool) or (not isinstance(x, fx.Node) and not is_scalar(x)):
-            raise Refuse("unknown_score_op", f"the scores meet {x!r}, which is neither a number nor a tensor")
-        if dtype_of(x) is not None and dtype_of(x).is_complex:  # type: ignore[union-attr]
-            raise Refuse("unknown_score_op", f"the scores meet the complex tensor {x.name}")
-        return _Operand(x, negated=negated, multiplier=multiplier)
-
-    def _unexpanded(self, x: Any, scores: fx.Node) -> Any:
-        """What a tensor was before it was expanded to the shape of the scores: operands broadcast by themselves."""
-        call = read(x)
-        if call is None or call.kind != Kind.EXPAND:
-            return x
-        shape, own = shape_of(x), shape_of(scores)
-        is_whole = call.get("other") is scores or (shape is not None and own is not None and _same_shape(shape, own))
-        return call["input"] if is_whole else x
-
-    def _condition(self, x: Any) -> _Operand:
-        if not isinstance(x, fx.Node) or dtype_of(x) not in (None, torch.bool):
-            raise Refuse("condition_not_boolean", f"the mask {x} is not a boolean tensor, but {dtype_of(x)}")
-        return _Operand(x)
-
-    def _bounds(self, call: Call) -> tuple[float, float]:
-        bounds = []
-        for name, missing in (("min", -math.inf), ("max", math.inf)):
-            value = call.get(name)
-            number = missing if value is None else constant_of(value)
-            if number is None:
-                raise Refuse("unknown_score_op", f"{_describe(call.node)} clamps the scores to a tensor")
-            bounds.append(number)
-        return bounds[0], bounds[1]
-
-    def _check_cast(self, call: Call) -> None:
-        dtype = dtype_of(call.node) or call.get("dtype")
-        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-            raise Refuse("cast_not_floating", f"{_describe(call.node)} casts to {dtype}")
-        if dtype is None:
-            like = call.get("like")
-            if not isinstance(like, fx.Node):
-                raise Refuse("shape_unknown", f"what {_describe(call.node)} casts to was not traced")
-            self.dtypes_taken.append(like)
-
-    def _check_same_shape(self, node: fx.Node, source: fx.Node) -> None:
-        after, before = shape_of(node), shape_of(source)
-        if after is not None and before is not None and not _same_shape(after, before):
-            raise Refuse("mask_broadcasts_scores", f"{_describe(node)} enlarges the scores from {before} to {after}")
 
     def _check_dtypes(self, factors: tuple[fx.Node, ...]) -> None:
         """A dtype taken from a factor of the products, or from what it was computed of, is a floating-point one."""
@@ -394,26 +270,12 @@ class _Reader:
         shape = shape_of(node)
         return key_axis - len(shape) if shape is not None and key_axis >= 0 else key_axis
 
-    def _dropout(self, call: Call) -> tuple[Any, fx.Node | None]:
-        """The dropout probability of a call that is active, and the module that can switch it at run time."""
-        p = call.get("p", 0.5)
-        if "module" in call.arguments:
-            return (p, call.node) if p > 0 else (0.0, None)
-        training = call.get("training", True)
-        if training is False or p == 0:
-            return 0.0, None
-        if training is not True or not isinstance(p, (int, float)):
-            raise Refuse(
-                "dropout_mode_not_static", f"whether {_describe(call.node)} is active is known only at run time"
-            )
-        return float(p), None
-
-    def _move_back(self, call: Call, key_axis: int, events: list[_Event]) -> int:
+    def _move_back(self, call: Call, key_axis: int, events: list[Call | Step]) -> int:
         """The softmax axis before a move."""
         move = read_move(call)
         if move is None:
             return key_axis
-        events.append(_Event(move=call))
+        events.append(call)
         if isinstance(move, Permute):
             return move.dims[key_axis]
         return whole_axis(move[1], move[0], key_axis)
@@ -439,7 +301,7 @@ class _Reader:
         if not is_matrix(key) or (shape is not None and (len(shape) < 2 or not is_matrix(query))):
             if rank_of(key) is None:
                 raise Refuse("shape_unknown", f"whether {key.name} is a matrix was not traced")
-            raise Refuse("not_attention", f"{_describe(node)} is a product with a vector")
+            raise Refuse("not_attention", f"{describe(node)} is a product with a vector")
         steps: tuple[ScoreStep, ...] = ()
         if call.kind in (Kind.BADDBMM, Kind.ADDMM):
             alpha, beta = constant_of(call.get("alpha", 1)), constant_of(call.get("beta", 1))
@@ -457,7 +319,7 @@ class _Reader:
         query, key, moves = axes.scores(key_axis, self.softmax.output.name)
         return _Product(call.node, query, key, (-2, -1), moves)
 
-    def _forward_order(self, product: _Product, events: list[_Event]) -> tuple[Layout, tuple[ScoreStep, ...]]:
+    def _forward_order(self, product: _Product, events: list[Call | Step]) -> tuple[Layout, tuple[ScoreStep, ...]]:
         """The moves and steps from the product to the softmax, in the order in which the model does them."""
         rank = rank_of(product.node)
         if product.first_moves:
@@ -467,12 +329,12 @@ class _Reader:
             layout = layout.then(move)
         steps = list(product.first_steps)
         for event in reversed(events):
-            if event.move is not None:
-                layout = layout.then(_move(event.move, layout))
-            elif event.step is not None:
-                name, arguments = event.step
+            if isinstance(event, Call):
+                layout = layout.then(_move(event, layout))
+            else:
+                name, arguments = event
                 stage = len(layout.moves)
-                steps.append(ScoreStep(name, tuple(_term(a, stage) for a in arguments)))
+                steps.append(ScoreStep(name, tuple(a.at(stage) if isinstance(a, Operand) else a for a in arguments)))
         return layout, tuple(steps)
 
     # --- forward to the product with V
@@ -481,7 +343,7 @@ class _Reader:
         self, score_layout: Layout
     ) -> tuple[Layout, Any, fx.Node | None, fx.Node, Factor, tuple[int, ...] | None]:
         layout = Layout((), score_layout.axes, score_layout.rank)
-        dropout: tuple[Any, fx.Node | None] = (0.0, None)
+        dropout = NO_DROPOUT
         node = self.softmax.output
         while True:
             user = self._only_user(node)
@@ -492,21 +354,20 @@ class _Reader:
                 return layout, *dropout, user, value, output_order
             if call is None or kind not in _CHAIN or call.get("input") is not node:
                 raise Refuse(
-                    "probabilities_changed", f"{_describe(user)} uses the probabilities before any product with V"
+                    "probabilities_changed", f"{describe(user)} uses the probabilities before any product with V"
                 )
             if kind == Kind.CAST:
-                self._check_cast(call)
+                like = check_cast(call)
+                if like is not None:
+                    self.dtypes_taken.append(like)
             elif kind == Kind.DROPOUT:
-                found = self._dropout(call)
-                if found != (0.0, None) and dropout != (0.0, None):
-                    raise Refuse("two_dropouts", f"{_describe(user)} is a second dropout on the probabilities")
-                dropout = dropout if found == (0.0, None) else found
+                dropout = merge_dropout(dropout, call)
             elif kind in _MOVES:
                 if read_move(call) is not None:
                     layout = layout.then(_move(call, layout))
             elif kind != Kind.SAME:
                 raise Refuse(
-                    "probabilities_changed", f"{_describe(user)} changes the probabilities before the product with V"
+                    "probabilities_changed", f"{describe(user)} changes the probabilities before the product with V"
                 )
             self.interior.add(user)
             node = user
@@ -539,26 +400,6 @@ class _Reader:
 
     # --- what is looked through
 
-    def _simplify(self, factor: Factor) -> Factor:
-        """Looks through transposes, copies, and the repetition of K or V for grouped heads."""
-        while factor.order is None:
-            call = read(factor.node)
-            if call is None or call.in_place:
-                break
-            if call.kind == Kind.SAME and shape_of(call["input"]) is not None:
-                source, transposed = call["input"], factor.transposed
-            elif _swaps_last_two(call):
-                source, transposed = call["input"], not factor.transposed
-            else:
-                repeated = None if not factor.transposed else _source_of_repeat(call)
-                if repeated is None:
-                    break
-                source, transposed = repeated[0], factor.transposed
-                self.passed.update(repeated[1:])
-            self.passed.add(factor.node)
-            factor = Factor(source, None, transposed)
-        return factor
-
     # --- proofs about the whole
 
     def _check_interior(self, output: fx.Node) -> None:
@@ -581,8 +422,8 @@ class _Reader:
             self.interior.add(user)
             pending += user.users
 
-    def _check_span(self, site: AttentionSite) -> None:
-        """The op stands where the product with V stood, so nothing it reads may have changed in between."""
+    def _check_inputs(self, site: AttentionSite) -> None:
+        """What the op will read is not made of the scores, and does not change before the op reads it."""
         inputs = {site.query.node, site.key.node, site.value.node}
         inputs |= {a.node for step in site.steps for a in step.arguments if isinstance(a, Term)}
         if isinstance(site.scale, fx.Node):
@@ -594,32 +435,10 @@ class _Reader:
                 "scores_used_elsewhere", f"{names}, which the attention reads, is computed from its own scores"
             )
         start = min(self.order[node] for node in self.interior | self.passed)
-        end = self.order[site.output]
-        roots: set[fx.Node] | None = None
-        for node in site.output.graph.nodes:
-            if not start <= self.order[node] < end or node in self.interior:
-                continue
-            call = read(node)
-            if call is not None and call.kind == Kind.MODE:
-                raise Refuse(
-                    "mode_changes_inside", f"grad mode or autocast changes at {node.name}, inside the attention"
-                )
-            written = mutated_arguments(node)
-            if written:
-                roots = roots if roots is not None else set().union(*map(storage_roots, inputs))
-                if any(storage_roots(x) & roots for x in written):
-                    raise Refuse(
-                        "inputs_written_between", f"{_describe(node)} writes to an input of the attention inside it"
-                    )
+        check_span("attention", inputs, self.interior, start, site.output, self.order)
 
 
 # --- helpers
-
-
-def _term(argument: Any, stage: int) -> Any:
-    if isinstance(argument, _Operand):
-        return Term(argument.node, stage, argument.negated, argument.inverted, argument.multiplier)
-    return argument
 
 
 def _leading_scale(steps: tuple[ScoreStep, ...]) -> tuple[Any, bool, tuple[ScoreStep, ...]]:
@@ -678,85 +497,6 @@ def _reaches_product(node: fx.Node, depth: int = 4) -> bool:
     return depth > 0 and any(_reaches_product(x, depth - 1) for x in node.all_input_nodes)
 
 
-def _same_shape(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
-
-
-def _is_assert(node: fx.Node) -> bool:
-    call = read(node)
-    return call is not None and call.kind == Kind.ASSERT
-
-
-def _swaps_last_two(call: Call) -> bool:
-    move_shape = shape_of(call["input"]) if isinstance(call.get("input"), fx.Node) else None
-    if call.kind == Kind.MATRIX_TRANSPOSE:
-        return True
-    if call.kind == Kind.TRANSPOSE:
-        dims = (call.get("dim0", 0), call.get("dim1", 1))
-        if not all(isinstance(d, int) for d in dims):
-            return False
-        if move_shape is not None:
-            dims = tuple(d % len(move_shape) - len(move_shape) for d in dims)
-        return set(dims) == {-1, -2}
-    if call.kind == Kind.PERMUTE:
-        move = read_move(call)
-        if not isinstance(move, Permute) or len(move.dims) < 2:
-            return False
-        rank = len(move.dims)
-        return move.dims == (*range(rank - 2), rank - 1, rank - 2)
-    return False
-
-
-def _source_of_repeat(call: Call) -> tuple[fx.Node, ...] | None:
-    """K or V with its own heads, and the nodes passed, if a call repeats each head of [B, H, L, D] in its place."""
-    shape = shape_of(call.node)
-    if shape is None or len(shape) != 4:
-        return None
-    if call.kind == Kind.REPEAT_INTERLEAVE:
-        source = call["input"]
-        is_heads = isinstance(call.get("repeats"), int) and call.get("dim") in (1, -3)
-        return (source,) if is_heads and len(shape_of(source) or ()) == 4 else None
-    if call.kind != Kind.VIEW:
-        return None
-    expand = read(call["input"])
-    if expand is None or expand.kind != Kind.EXPAND:
-        return None
-    unsqueezed = read(expand["input"])
-    wide = shape_of(expand.node)
-    if (
-        unsqueezed is None
-        or wide is None
-        or len(wide) != 5
-        or unsqueezed.kind not in (Kind.UNSQUEEZE, Kind.GETITEM, Kind.VIEW)
-    ):
-        return None
-    source = unsqueezed["input"]
-    own, narrow = shape_of(source), shape_of(unsqueezed.node)
-    if own is None or narrow is None or len(own) != 4:
-        return None
-    if unsqueezed.kind == Kind.GETITEM and not _inserts_axis(unsqueezed.get("index"), 2):
-        return None
-    if unsqueezed.kind == Kind.UNSQUEEZE and unsqueezed.get("dim") not in (2, -3):
-        return None
-    batch, heads, length, size = own
-    repeats = wide[2]
-    is_repeat = (
-        _same_shape(narrow, (batch, heads, 1, length, size))
-        and _same_shape(wide, (batch, heads, repeats, length, size))
-        and _same_shape(shape, (batch, heads * repeats, length, size))
-    )
-    return (source, expand.node, unsqueezed.node) if is_repeat else None
-
-
-def _inserts_axis(index: Any, position: int) -> bool:
-    """Whether an index is x[:, :, None, ...]: a new axis at `position` and everything else whole."""
-    if not isinstance(index, tuple):
-        index = (index,)
-    return list(index[: position + 1]) == [slice(None)] * position + [None] and all(
-        item == slice(None) or item is Ellipsis for item in index[position + 1 :]
-    )
-
-
 def _scores_shape(shape: tuple[Any, ...] | None, layout: Layout) -> tuple[Any, ...] | None:
     if shape is None:
         return None
@@ -783,7 +523,6 @@ def _value_size(value: Factor) -> Any:
     return _last_size(value.node) if value.order is None and value.transposed else None
 
 
-def _describe(node: fx.Node) -> str:
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return f"{node.name} ({node.op}: {name})"
+def _is_assert(node: fx.Node) -> bool:
+    call = read(node)
+    return call is not None and call.kind == Kind.ASSERT

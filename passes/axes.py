@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -42,11 +43,16 @@ def read_move(call: Call) -> Permute | Shapes | None:
         return Permute(tuple(order))
     if call.kind == Kind.GETITEM and not _only_inserts_axes(call.get("index")):
         raise Refuse("scores_sliced", f"{call.node.name} takes a part of the scores")
-    if len(before) == len(after) and all(statically_known_true(a == b) for a, b in zip(before, after, strict=True)):
+    if same_shape(before, after):
         return None
     if call.kind == Kind.EXPAND:
         raise Refuse("mask_broadcasts_scores", f"{call.node.name} expands the scores from {before} to {after}")
     return before, after
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are certainly the same."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def _only_inserts_axes(index: Any) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from .dialect import Call, Kind, read
-from .mutation import mutated_arguments, storage_roots
+from .score_steps import NO_DROPOUT, check_cast, merge_dropout
 from .sites import FFNSite, LinearLayer, Refusal, Refuse
+from .span import check_span
 from .values import constant_of, dtype_of, shape_of
 
 Order = dict[fx.Node, int]
@@ -31,13 +32,12 @@ class _Reader:
         self.interior: list[fx.Node] = [down.node]
 
     def read(self) -> FFNSite | None:
-        dropout: tuple[Any, fx.Node | None] = (0.0, None)
+        passed: list[Call] = []
         call = read(self.down["input"])
         while call is not None and call.kind in (Kind.DROPOUT, Kind.CAST, Kind.SAME):
-            self.interior.append(call.node)
-            if call.kind == Kind.DROPOUT:
-                dropout = self._merge(dropout, call)
+            passed.append(call)
             call = read(call["input"])
+        self.interior += [c.node for c in passed]
         if call is None:
             return None
         gated = self._read_gated(call) if call.kind == Kind.MUL else None
@@ -51,14 +51,18 @@ class _Reader:
             activation, up = activated
         if gate is not None and gate["input"] is not up["input"]:
             return None
-        if dropout == (None, None):
-            raise Refuse(
-                "dropout_mode_not_static", f"a dropout before {self.down.node.name} is not static, or not alone"
-            )
+        dropout = NO_DROPOUT
+        for step in passed:
+            if step.kind == Kind.DROPOUT:
+                dropout = merge_dropout(dropout, step)
+            elif step.kind == Kind.CAST:
+                check_cast(step)
         self._check_used_once()
         layers = [linear_layer(c) for c in (up, gate, self.down) if c is not None]
         self._check_dtypes(up["input"], layers)
-        self._check_span(up["input"], layers)
+        inputs = {up["input"], *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))}
+        start = min(map(self.order.__getitem__, self.interior))
+        check_span("FFN", inputs, self.interior, start, self.down.node, self.order)
         return FFNSite(
             anchor=self.down.node,
             output=self.down.node,
@@ -72,22 +76,6 @@ class _Reader:
             interior=tuple(sorted(self.interior, key=self.order.__getitem__)),
             tokens_shape=None if (shape := shape_of(up["input"])) is None else shape[:-1],
         )
-
-    def _merge(self, dropout: tuple[Any, fx.Node | None], call: Call) -> tuple[Any, fx.Node | None]:
-        """The dropout after one more call; (None, None) if it is not static."""
-        p = call.get("p", 0.5)
-        found: tuple[Any, fx.Node | None]
-        if "module" in call.arguments:
-            found = (p, call.node) if p > 0 else (0.0, None)
-        elif call.get("training", True) is False or p == 0:
-            found = (0.0, None)
-        else:
-            found = (
-                (float(p), None) if call.get("training", True) is True and isinstance(p, (int, float)) else (None, None)
-            )
-        if found == (0.0, None):
-            return dropout
-        return found if dropout == (0.0, None) else (None, None)
 
     def _read_gated(self, product: Call) -> tuple[str, Call, Call] | None:
         """act(gate(x)) * up(x), in either order: the activation and both linear calls."""
@@ -143,23 +131,6 @@ class _Reader:
             raise Refuse(
                 "mixed_dtypes", f"the layers of {self.down.node.name} have the dtypes {sorted(map(str, dtypes))}"
             )
-
-    def _check_span(self, x: fx.Node, layers: list[LinearLayer]) -> None:
-        """The op stands where the down projection stood, so nothing it reads may have changed in between."""
-        tensors = {x, *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))}
-        inside = set(self.interior)
-        start, end = min(map(self.order.__getitem__, inside)), self.order[self.down.node]
-        for node in self.down.node.graph.nodes:
-            if not start <= self.order[node] < end or node in inside:
-                continue
-            call = read(node)
-            if call is not None and call.kind == Kind.MODE:
-                raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {node.name}, inside the FFN")
-            written = mutated_arguments(node)
-            if written:
-                roots = set().union(*map(storage_roots, tensors))
-                if any(storage_roots(t) & roots for t in written):
-                    raise Refuse("inputs_written_between", f"{node.name} writes to an input of the FFN inside it")
 
 
 def linear_layer(call: Call) -> LinearLayer:

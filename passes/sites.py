@@ -43,7 +43,6 @@ class Term:
     node: fx.Node
     stage: int
     negated: bool = False
-    inverted: bool = False
     multiplier: Any = 1
 
 

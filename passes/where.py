@@ -19,3 +19,10 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"^L\.", "", path)
     path = re.sub(r"^(L__self__|self|model_self)(\.|$)", "", path)
     return re.sub(r"\._(modules|orig_mod)\b", "", path).replace("_modules.", "").removeprefix("_orig_mod.")
+
+
+def describe(node: fx.Node) -> str:
+    """A node for a sentence: its name, and what it calls."""
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"{node.name} ({node.op}: {name})"
