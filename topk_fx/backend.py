@@ -10,7 +10,6 @@ from typing import Any
 from torch import fx
 
 from . import lowering
-from .cache_identity import cache_identity
 from .compat import compile_with, expand_mode
 from .config import TopKConfig, nearest
 from .errors import ConfigError, UnknownOptionError
@@ -43,6 +42,8 @@ def topk_backend(
         ConfigError: an option with a value that is not accepted.
         LoweringUnavailableError: a lowering was asked for that cannot run here.
     """
+    from .cache_identity import cache_identity  # imports Inductor, which `import topk_fx` need not wait for
+
     config, inductor_options = split_options(options or {}, mode)
     chosen = lowering.choose(config)
     report = TopKPass(config, chosen, lowering.pays)(gm, f"graph {next(_graph_numbers)}")

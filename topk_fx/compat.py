@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch._inductor
 from torch import fx
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
@@ -37,7 +35,9 @@ def expand_mode(mode: str) -> dict[str, Any]:
     """The Inductor options that a mode of torch.compile stands for; ConfigError if there is no such mode."""
     if mode == "default":
         return {}
-    modes = torch._inductor.list_mode_options()
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
     if mode not in modes:
         raise ConfigError(
             f"mode={mode!r} is not accepted: give one of {', '.join(map(repr, ('default', *modes)))}."
