@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
@@ -17,18 +20,36 @@ from .errors import ConfigError
 Compiled = Callable[..., Any]
 
 
+_outer_grad_mode = contextvars.ContextVar("_outer_grad_mode", default=False)
+
+
 class SingleLevelFunction(_SingleLevelFunction):
-    """The base of an autograd.Function that runs inside the dispatcher, below functorch's own levels.
+    """The base of an autograd.Function that is an op's Autograd kernel, so that it records one level at a time.
 
     `torch.autograd.Function.apply` hands over to functorch while one of its transforms is active; an op's kernel is
-    called when functorch has already peeled off its level, so that it must record on that level alone.
+    called when functorch has already peeled off its level, and must record on that level alone.
     """
 
     @classmethod
     def run(cls, *args: Any) -> Any:
         """`apply`, allowed while a functorch transform is active."""
-        with enable_single_level_autograd_function():
-            return cls.apply(*args)  # type: ignore[attr-defined]
+        token = _outer_grad_mode.set(torch.is_grad_enabled())
+        try:
+            with enable_single_level_autograd_function():
+                return cls.apply(*args)  # type: ignore[attr-defined]
+        finally:
+            _outer_grad_mode.reset(token)
+
+
+@contextlib.contextmanager
+def below_autograd() -> Iterator[None]:
+    """Around the call of an op in the forward of its `SingleLevelFunction`.
+
+    What the Function switched off for its own level is on again for functorch's levels below, which record themselves.
+    """
+    forward_mode = torch.autograd.forward_ad._set_fwd_grad_enabled(True)
+    with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(_outer_grad_mode.get()), forward_mode:
+        yield
 
 
 def expand_mode(mode: str) -> dict[str, Any]:

@@ -167,8 +167,8 @@ def _choice(name: str, value: object, accepted: tuple[str, ...], optional: bool 
 
 def _freeze_sites(sites: object) -> FrozenSites:
     """`sites` as nested tuples, so that the config is hashable."""
-    if isinstance(sites, tuple):
-        sites = {pattern: dict(items) for pattern, items in sites}
+    if isinstance(sites, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in sites):
+        sites = {pattern: dict(items) if isinstance(items, tuple) else items for pattern, items in sites}
     if not isinstance(sites, Mapping):
         raise ConfigError(f"sites={sites!r} is not accepted: give a dict from a glob on the module path to settings")
     frozen = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .config import Keep, kept_count, nearest, validate_keep
 from .errors import ConfigError, DTypeError, ShapeError
-from .shapes import check_attention_inputs, check_ffn_inputs
+from .shapes import broadcast, check_attention_inputs, check_ffn_inputs
 
 
 def attention(
@@ -58,6 +58,8 @@ def attention(
         raise DTypeError(f"value has dtype {value.dtype} and query {query.dtype}; they must be the same")
     _check_heads(query, key, value, enable_gqa)
     _check_dropout(dropout_p)
+    if not isinstance(is_causal, bool):
+        raise DTypeError(f"is_causal is a {type(is_causal).__name__}; accepted: a bool")
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1)) if query.size(-1) else 1.0
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
@@ -69,7 +71,7 @@ def attention(
         operands.append(attn_mask)
     if is_causal:
         steps.append("causal")
-    kept = max(1, kept_count(keep, key.size(-2)))
+    kept = max(1, min(kept_count(keep, key.size(-2)), 2**62))
     return torch.ops.topk_fx.attention(query, key, value, operands, " ".join(steps), scale, kept, dropout_p, True)
 
 
@@ -108,14 +110,14 @@ def ffn(
     Its gradient holds the selection constant. Source: Gupta et al. 2021, arXiv:2106.06899, section 3.
     """
     keep = validate_keep("k", k)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(
             f"activation={activation!r} is not accepted: give one of {', '.join(map(repr, ACTIVATIONS))}."
             f"{nearest(str(activation), ACTIVATIONS)}"
         )
     check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     _check_dropout(dropout_p)
-    kept = kept_count(keep, up_weight.size(0))
+    kept = min(kept_count(keep, up_weight.size(0)), 2**62)
     return torch.ops.topk_fx.ffn(
         input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation, kept, dropout_p
     )
@@ -138,7 +140,7 @@ def _check_mask(mask: object, query: Tensor, key: Tensor) -> None:
         raise DTypeError(f"attn_mask is a {type(mask).__name__}; accepted: a torch.Tensor or None")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise DTypeError(f"attn_mask has dtype {mask.dtype}; accepted: torch.bool (True is kept) or a floating dtype")
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+    lead = broadcast("batch sizes", query.shape[:-3], key.shape[:-3])
     heads = max(x.size(-3) if x.dim() > 2 else 1 for x in (query, key))
     scores = (*lead, heads, query.size(-2), key.size(-2))
     fits = mask.dim() <= len(scores) and all(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import SingleLevelFunction
+from .compat import SingleLevelFunction, below_autograd
 from .errors import UnsupportedDerivativeError
 from .reference import compute
 from .score import Score, check_operands
@@ -88,8 +88,8 @@ def _attention(
     if dropout_p > 0.0:
         kept = torch.sym_min(k, frame.key.size(-2))
         keep = torch.rand(*frame.query.shape[:-1], kept, device=query.device) >= dropout_p
-    output, _, _ = _Attention.run(
-        frame.query, frame.key, frame.value, score, scale, k, keep, dropout_p, zero_empty_rows, *frame.operands
+    output, _, _ = torch.ops.topk_fx.attention_forward(
+        frame.query, frame.key, frame.value, frame.operands, score, scale, k, keep, dropout_p, zero_empty_rows
     )
     return output.reshape(frame.output_shape)
 
@@ -110,9 +110,10 @@ class _Attention(SingleLevelFunction):
         zero_empty_rows: bool,
         *operands: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.topk_fx.attention_forward(
-            query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows
-        )
+        with below_autograd():
+            return torch.ops.topk_fx.attention_forward(
+                query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -129,8 +130,8 @@ class _Attention(SingleLevelFunction):
         if grad is None:
             return (None,) * (9 + len(operands))
         needs_grad = list(ctx.needs_input_grad[9:])
-        grad_query, grad_key, grad_value, *rest = _AttentionBackward.run(
-            grad, query, key, value, ctx.score, ctx.scale, indices, weights, ctx.dropout_p, needs_grad, *operands
+        grad_query, grad_key, grad_value, *rest = torch.ops.topk_fx.attention_backward(
+            grad, query, key, value, operands, ctx.score, ctx.scale, indices, weights, ctx.dropout_p, needs_grad
         )
         found = iter(rest)
         grad_operands = [next(found) if needed else None for needed in needs_grad]
@@ -160,11 +161,12 @@ class _AttentionBackward(SingleLevelFunction):
         needs_grad: list[bool],
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.ops.topk_fx.attention_backward(
-                grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad
+        with below_autograd():
+            return tuple(
+                torch.ops.topk_fx.attention_backward(
+                    grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad
+                )
             )
-        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,6 +181,20 @@ class _AttentionBackward(SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise UnsupportedDerivativeError("topk_fx::attention_backward has no forward-mode derivative (jvp)")
+
+
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], *rest: Any) -> Any:
+    return _Attention.run(query, key, value, *rest, *operands)
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    return list(_AttentionBackward.run(grad, query, key, value, *rest, *operands))
+
+
+library.impl("attention_forward", _attention_forward, "Autograd")
+library.impl("attention_backward", _attention_backward, "Autograd")
 
 
 # --- attention: fakes
@@ -243,7 +259,7 @@ def _ffn(
     keep = None
     if dropout_p > 0.0:
         keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p
-    output, *_ = _FFN.run(
+    output, *_ = torch.ops.topk_fx.ffn_forward(
         tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p
     )
     if down_bias is not None:
@@ -256,7 +272,8 @@ class _FFN(SingleLevelFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.topk_fx.ffn_forward(*args)
+        with below_autograd():
+            return torch.ops.topk_fx.ffn_forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -272,13 +289,15 @@ class _FFN(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 10
-        input, up_weight, up_bias, gate_weight, gate_bias, down_weight = _FFNBackward.run(
-            grad, *ctx.saved_tensors, ctx.activation, ctx.dropout_p
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor no more than that
+        has_gate = saved[2] is not None
+        input, up_weight, up_bias, gate_weight, gate_bias, down_weight = torch.ops.topk_fx.ffn_backward(
+            grad, *saved, ctx.activation, ctx.dropout_p
         )
         up_dtype, gate_dtype = ctx.bias_dtypes
         up_bias = None if up_dtype is None else up_bias.to(up_dtype)
         gate_bias = None if gate_dtype is None else gate_bias.to(gate_dtype)
-        gate_weight = gate_weight if ctx.saved_tensors[2] is not None else None
+        gate_weight = gate_weight if has_gate else None
         return input, up_weight, up_bias, gate_weight, gate_bias, down_weight, None, None, None, None
 
     @staticmethod
@@ -293,7 +312,8 @@ class _FFNBackward(SingleLevelFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.topk_fx.ffn_backward(*args)
+        with below_autograd():
+            return torch.ops.topk_fx.ffn_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -308,6 +328,10 @@ class _FFNBackward(SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise UnsupportedDerivativeError("topk_fx::ffn_backward has no forward-mode derivative (jvp)")
+
+
+library.impl("ffn_forward", lambda *args: _FFN.run(*args), "Autograd")
+library.impl("ffn_backward", lambda *args: _FFNBackward.run(*args), "Autograd")
 
 
 # --- ffn: fakes

@@ -59,14 +59,14 @@ def select(scores: Tensor, k: Keep, *, empty_row: float = math.nan) -> tuple[Ten
     is_masked = top == -torch.inf
     is_empty = is_masked.all(-1, keepdim=True)
     if empty_row == 0.0:
-        return top.softmax(-1).masked_fill(is_empty, 0.0), indices.masked_fill(is_masked, -1)
+        # Filled before the softmax too, whose gradient would be NaN.
+        weights = top.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
+        return weights, indices.masked_fill(is_masked, -1)
     return top.softmax(-1), indices.masked_fill(is_masked & ~is_empty, -1)
 
 
 def weigh(weights: Tensor, indices: Tensor, value: Tensor) -> Tensor:
     """sum_j weights_ij * value[indices_ij]: [..., Lq, Dv], dtype of value [..., Lk, Dv]. Index -1 adds nothing."""
-    if value.size(-2) == 0:
-        return value.new_zeros(*weights.shape[:-1], value.size(-1))
     rows = compute(value).expand(*weights.shape[:-2], *value.shape[-2:]).unsqueeze(-3)
     rows = rows.expand(*weights.shape[:-1], *value.shape[-2:])
     chosen = indices.unsqueeze(-1).expand(*indices.shape, value.size(-1))

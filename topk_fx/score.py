@@ -103,6 +103,8 @@ class Score:
             arguments = tuple(_parse_argument(a.strip(), text) for a in inside.split(",")) if inside else ()
             if _ARITY.get(name) != len(arguments):
                 raise ConfigError(f"score={text!r} is not accepted: no step {name} with {len(arguments)} arguments")
+            if name in (*_CONDITIONAL, "mask") and not isinstance(arguments[0], Operand):
+                raise ConfigError(f"score={text!r} is not accepted: {name} takes an operand $i as its condition")
             steps.append(Step(name, arguments))
             position = match.end()
         return Score(tuple(steps))
@@ -145,7 +147,7 @@ def apply_step(step: Step, scores: Tensor, read: Read, is_future: Callable[[], T
         case "tanh":
             return scores.tanh()
         case "clamp":
-            return scores.clamp(x[0], x[1])
+            return torch.minimum(torch.maximum(scores, _tensor(x[0], scores)), _tensor(x[1], scores))
         case "keep":
             return torch.where(x[0], scores, x[1])
         case "fill":
@@ -181,8 +183,14 @@ def differentiate_step(step: Step, before: Tensor | None, grad: Tensor, read: Re
         case "tanh":
             return grad * (1 - _given(before).tanh().square()), {}
         case "clamp":
-            inside = (_given(before) >= x[0]) & (_given(before) <= x[1])
-            return grad * inside, {}
+            scores, (low, high) = _given(before), step.arguments
+            is_high = torch.maximum(scores, _tensor(x[0], scores)) > x[1]
+            is_low = (scores < x[0]) & ~is_high
+            found: dict[int, Tensor] = {}
+            for bound, is_bound in ((low, is_low), (high, is_high)):
+                if isinstance(bound, Operand):
+                    found[bound.index] = found.get(bound.index, 0) + grad * is_bound
+            return grad * ~(is_low | is_high), found
         case "causal":  # what it masks is never kept
             return grad, {}
         case "keep" | "fill":
@@ -193,6 +201,10 @@ def differentiate_step(step: Step, before: Tensor | None, grad: Tensor, read: Re
                 filled = {value.index: grad.masked_fill(~is_filled, 0)}
             return grad.masked_fill(is_filled, 0), filled
     raise AssertionError(f"no such step: {step}")
+
+
+def _tensor(x: float | Tensor, like: Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) else like.new_tensor(x)
 
 
 def _given(scores: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .errors import DTypeError, ShapeError
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFrame:
@@ -39,14 +41,18 @@ def attention_frame(query: Tensor, key: Tensor, value: Tensor, operands: Sequenc
 
     heads = max(x.size(-3) for x in (query, key, value, *rest))
     for name, x in (("key", key), ("value", value)):
-        if heads % x.size(-3):
+        if heads % max(1, x.size(-3)):
             raise ShapeError(
                 f"{name} has {x.size(-3)} heads and query has {query.size(-3)}: the heads of {name} must divide "
                 "those of query (grouped-query attention) or be equal"
             )
-    batch = _broadcast("batch sizes", *(x.shape[:-3] for x in (query, key, value, *rest)))
-    (key_count,) = _broadcast("key counts", key.shape[-2:-1], *(x.shape[-1:] for x in rest))
-    query_shape = _broadcast(
+    batch = broadcast("batch sizes", *(x.shape[:-3] for x in (query, key, value, *rest)))
+    (key_count,) = broadcast("key counts", key.shape[-2:-1], *(x.shape[-1:] for x in rest))
+    if value.size(-2) != key_count:
+        raise ShapeError(
+            f"value has length {value.size(-2)} and the scores are over {key_count} keys; they must be equal"
+        )
+    query_shape = broadcast(
         "query heads and lengths", query.shape[-3:-1], *(x.shape[-3:-1] for x in rest), torch.Size((heads, 1))
     )
     query = query.expand(*batch, *query_shape, query.size(-1))
@@ -67,7 +73,7 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise DTypeError(f"{name} is a {type(x).__name__}; accepted: a torch.Tensor")
-        if not x.is_floating_point():
+        if x.dtype not in _DTYPES:
             raise DTypeError(f"{name} has dtype {x.dtype}; accepted: float64, float32, bfloat16, float16")
         if x.dim() < 2:
             raise ShapeError(f"{name} has shape {tuple(x.shape)}; accepted: [..., length, head size], at least 2-D")
@@ -81,7 +87,8 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ShapeError(f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths differ")
 
 
-def _broadcast(what: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+def broadcast(what: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+    """The shape that shapes broadcast to; ShapeError if they do not."""
     try:
         return tuple(torch.broadcast_shapes(*(tuple(shape) for shape in shapes)))
     except RuntimeError as error:
@@ -124,11 +131,12 @@ def check_ffn_inputs(
         "down_weight": down_weight,
         "down_bias": down_bias,
     }
-    tensors = {name: x for name, x in given.items() if x is not None}
+    optional = ("up_bias", "gate_weight", "gate_bias", "down_bias")
+    tensors = {name: x for name, x in given.items() if x is not None or name not in optional}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise DTypeError(f"{name} is a {type(x).__name__}; accepted: a torch.Tensor")
-        if not x.is_floating_point():
+        if x.dtype not in _DTYPES:
             raise DTypeError(f"{name} has dtype {x.dtype}; accepted: float64, float32, bfloat16, float16")
         if x.dtype != input.dtype:
             raise DTypeError(f"{name} has dtype {x.dtype} and input {input.dtype}; they must be the same")
@@ -139,6 +147,8 @@ def check_ffn_inputs(
             f"up_weight has shape {tuple(up_weight.shape)} and down_weight {tuple(down_weight.shape)}; accepted: "
             "[hidden size, model size] and [output size, hidden size], as nn.Linear holds them"
         )
+    if gate_bias is not None and gate_weight is None:
+        raise ShapeError("gate_bias was given without gate_weight; a gate bias needs a gate")
     hidden, model = up_weight.shape
     expected = {
         "input": (*input.shape[:-1], model),

@@ -24,7 +24,18 @@ def _attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor,
         )
     tensors = [query, key, value, *operands]
     dims = [*in_dims[:3], *_list_dims(operands, in_dims[3])]
-    rank = max(x.dim() - (dim is not None) for x, dim in zip(tensors, dims, strict=True))
+    ranks = [x.dim() - (dim is not None) for x, dim in zip(tensors, dims, strict=True)]
+    if ranks[0] == 1 or ranks[2] == 1:  # a vector in a product: its axis is added here and taken away again
+        in_dims = (*(None if dim is None else 0 for dim in in_dims[:3]), *in_dims[3:])
+        query, key, value = (
+            x if dim is None else x.movedim(dim, 0) for x, dim in zip((query, key, value), dims[:3], strict=True)
+        )
+        query = query.unsqueeze(-2) if ranks[0] == 1 else query
+        value = value.unsqueeze(-1) if ranks[2] == 1 else value
+        output, _ = _attention(info, in_dims, query, key, value, operands, score, scale, k, *rest)
+        output = output.squeeze(-1) if ranks[2] == 1 else output
+        return (output.squeeze(-2 if ranks[2] > 1 else -1) if ranks[0] == 1 else output), 0
+    rank = max(ranks)
     aligned = [_lead(x, dim, max(rank, 3)) for x, dim in zip(tensors, dims, strict=True)]
     output = torch.ops.topk_fx.attention(*aligned[:3], aligned[3:], score, scale, k, *rest)
     return output.reshape(output.size(0), *output.shape[output.dim() - rank :]), 0

@@ -56,7 +56,9 @@ def attention_forward(
     chunk_size = max(1, SCORE_BUDGET // max(1, batch * heads * key_count))
     for start in range(0, queries, chunk_size):
         rows = slice(start, min(start + chunk_size, queries))
-        visible = min(rows.stop, key_count) if program.ends_causal else key_count  # the chunk's rows see no key beyond
+        # No row of a causal chunk sees a key beyond the last. Dropout counts slots, whose order must not hang on chunks.
+        is_narrowed = program.ends_causal and dropout_keep is None
+        visible = min(rows.stop, key_count) if is_narrowed else key_count
         scores = _products(compute(query[:, :, rows]), keys[..., :visible]).mul_(scale)
         scores = _apply_score(program, scores, operands, rows)
         top, chunk_indices = select(scores, min(kept, visible))
@@ -67,12 +69,17 @@ def attention_forward(
         summed = chunk_weights
         if dropout_keep is not None:
             keep = dropout_keep[:, :, rows]
-            summed = torch.where(keep, chunk_weights / (1 - dropout_p), 0) if dropout_p < 1 else chunk_weights * keep
+            summed = chunk_weights * dropout_factor(keep, dropout_p, dtype)
             chunk_weights = torch.where(keep, chunk_weights, -chunk_weights)
         bags = Bags.of(chunk_indices, value.size(1), key_count)
         output[:, :, rows] = bags.weighted_sum(values, summed).view(output[:, :, rows].shape).to(value.dtype)
         indices[:, :, rows], weights[:, :, rows] = chunk_indices, chunk_weights
     return output, indices, weights
+
+
+def dropout_factor(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies by: NaN stays NaN, kept or dropped."""
+    return keep.to(dtype) / (1 - dropout_p) if dropout_p < 1 else torch.zeros_like(keep, dtype=dtype)
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
@@ -104,12 +111,14 @@ def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     # topk breaks ties as it likes. That matters only in rows where equal scores stand on both sides of the cut, and one
     # score more tells which these are.
     top, indices = scores.topk(kept + 1, dim=-1)
-    is_cut = top[..., kept] == top[..., kept - 1]
+    is_cut = (top[..., kept] == top[..., kept - 1]) | top[..., kept].isnan()
     threshold = top[..., kept - 1 : kept]
     top, indices = top[..., :kept].contiguous(), indices[..., :kept].contiguous()
     if is_cut.any():
         rows, limit = scores[is_cut], threshold[is_cut]
-        above, equal = rows > limit, rows == limit
+        # NaN stands above every number, as topk has it.
+        above = ~((rows <= limit) | limit.isnan())
+        equal = (rows == limit) | (rows.isnan() & limit.isnan())
         free = kept - above.sum(-1, keepdim=True)
         chosen = above | (equal & (equal.cumsum(-1) <= free))
         fixed = chosen.nonzero()[:, 1].view(-1, kept)
@@ -156,6 +165,11 @@ def attention_backward(
         torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
         for x, needed in zip(operands, operand_needs_grad, strict=True)
     ]
+    if 0 in (grad.numel(), weights.numel()):
+        return [
+            *(x.zero_() for x in grads),
+            *(x.to(y.dtype) for x, y in zip(sums, operands, strict=True) if x is not None),
+        ]
     program = Score.parse(score)
     for batch, heads in _head_groups(key.size(1), value.size(1), weights):
 
@@ -227,11 +241,9 @@ def _backward_part(
     probabilities = weights.reshape(rows, kept)
     summed = probabilities
     if dropout_p > 0:
-        is_dropped = probabilities.signbit()
+        factor = dropout_factor(~probabilities.signbit(), dropout_p, dtype)
         probabilities = probabilities.abs()
-        rescale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        summed = torch.where(is_dropped, 0, probabilities * rescale)
-        grad_weights = torch.where(is_dropped, 0, grad_weights * rescale)
+        summed, grad_weights = probabilities * factor, grad_weights * factor
     grad_value = value_bags.scatter_rows(grad_rows, summed)
     grad_scores = probabilities * (grad_weights - (probabilities * grad_weights).sum(-1, keepdim=True))
     del grad_weights, summed, probabilities, grad_rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from topk_fx.activation import ACTIVATIONS
 from topk_fx.reference import compute
 
-from .attention import select
+from .attention import dropout_factor, select
 
 HIDDEN_BUDGET = 2**23
 """Elements of one chunk of hidden units: 32 MiB in float32."""
@@ -53,7 +53,7 @@ def ffn_forward(
         _, chosen = select(hidden.abs(), kept)
         hidden_kept = hidden.gather(-1, chosen)
         if dropout_keep is not None:
-            hidden_kept = hidden_kept * _dropout_factor(dropout_keep[rows], dropout_p, dtype)
+            hidden_kept = hidden_kept * dropout_factor(dropout_keep[rows], dropout_p, dtype)
         sparse = torch.zeros_like(hidden).scatter_(-1, chosen, hidden_kept)
         output[rows] = F.linear(sparse, weights["down"]).to(input.dtype)
         indices[rows] = chosen.to(torch.int32)
@@ -94,7 +94,7 @@ def ffn_backward(
         grad_hidden = (y @ down).gather(-1, chosen)
         hidden = _hidden(activation, up[rows], gate[rows] if gate_weight is not None else None)
         if dropout_keep is not None:
-            factor = _dropout_factor(dropout_keep[rows], dropout_p, dtype)
+            factor = dropout_factor(dropout_keep[rows], dropout_p, dtype)
             grad_hidden, hidden = grad_hidden * factor, hidden * factor
         dense = y.new_zeros(chosen.size(0), hidden_size)
         grad_down += y.T @ dense.scatter_(-1, chosen, hidden)
@@ -130,7 +130,3 @@ def _chunks(tokens: int, hidden_size: int) -> list[slice]:
 def _hidden(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
     function = ACTIVATIONS[activation].function
     return function(up) if gate is None else function(gate) * up
-
-
-def _dropout_factor(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
-    return keep.to(dtype) / (1 - dropout_p) if dropout_p < 1 else torch.zeros_like(keep, dtype=dtype)
