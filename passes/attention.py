@@ -157,7 +157,7 @@ class _Reader:
             steps=steps,
             dropout_p=dropout_p,
             dropout_module=dropout_module,
-            zero_empty_rows=False,
+            zero_empty_rows=self.softmax.zero_empty_rows,
             interior=tuple(sorted(self.interior, key=self.order.__getitem__)),
             sizes=tuple(self.sizes),
             scores_shape=_scores_shape(shape_of(self.softmax.input), score_layout),
@@ -203,6 +203,11 @@ class _Reader:
                 key_axis = self._move_back(call, key_axis, events)
             else:
                 reading = read_steps(call, source, self._dim(node, key_axis))
+                if reading.absorbed and not all(map(_keeps_shift, events)):
+                    raise Refuse(
+                        "unknown_score_op",
+                        f"{describe(node)} shifts the scores before a step that does not keep a shift",
+                    )
                 events += reversed(reading.steps)
                 self.interior.update(reading.absorbed)
                 if reading.takes_dtype_of is not None:
@@ -463,6 +468,20 @@ def _leading_scale(steps: tuple[ScoreStep, ...]) -> tuple[Any, bool, tuple[Score
         else:
             return scale, divides, steps[position:]
     return scale, divides, ()
+
+
+def _keeps_shift(event: Call | Step) -> bool:
+    """Whether scores of a row that differ by a constant still do after a step (or a move)."""
+    if isinstance(event, Call):
+        return True
+    name, arguments = event
+    if name in ("mul", "div"):
+        factor = arguments[0]
+        if not isinstance(factor, Operand) or is_scalar(factor.node):
+            return True
+        shape = shape_of(factor.node)
+        return shape is not None and (not shape or shape[-1] == 1)
+    return name == "add" or (name in ("keep", "fill") and arguments[1] == -math.inf)
 
 
 def _move(call: Call, layout: Layout) -> Permute | View:

@@ -112,15 +112,15 @@ def _row(kind: Kind, parameters: str, *targets: Any, in_place: tuple[Any, ...] =
 _row(Kind.MATMUL, "input other", torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm",
      "__matmul__",
      aten.matmul, aten.bmm, aten.mm)  # fmt: skip
-_row(Kind.BADDBMM, "input left right beta alpha", torch.baddbmm, "baddbmm", aten.baddbmm, in_place=("baddbmm_",))
+_row(Kind.BADDBMM, "input left right beta alpha", torch.baddbmm, "baddbmm", aten.baddbmm)
 _row(Kind.ADDMM, "input left right beta alpha", torch.addmm, "addmm", aten.addmm)
 _row(Kind.EINSUM, "equation operands", torch.einsum, torch.functional.einsum, aten.einsum)
 _row(Kind.LINEAR, "input weight bias", F.linear, torch._C._nn.linear, aten.linear)
 _row(Kind.SOFTMAX, "input dim dtype", torch.softmax, "softmax", aten.softmax, torch.special.softmax,
      aten.special_softmax)  # fmt: skip
 _row(Kind.SOFTMAX, "input dim _stacklevel dtype", F.softmax)
-_row(Kind.SOFTMAX, "input dim half_to_float", aten._softmax)
-_row(Kind.SOFTMAX, "input dim dtype", aten._safe_softmax)
+_row(Kind.SOFTMAX, "input dim half_to_float", aten._softmax, torch._softmax)
+_row(Kind.SOFTMAX, "input dim dtype", aten._safe_softmax, torch._safe_softmax)
 _row(Kind.LOG_SOFTMAX, "input dim dtype", torch.log_softmax, "log_softmax", aten.log_softmax,
      torch.special.log_softmax, aten.special_log_softmax)  # fmt: skip
 _row(Kind.LOG_SOFTMAX, "input dim _stacklevel dtype", F.log_softmax)
@@ -140,8 +140,9 @@ _row(
     Kind.NEG, "input", torch.neg, torch.negative, operator.neg, "neg", "__neg__", aten.neg, in_place=("neg_", aten.neg_)
 )
 _row(Kind.TANH, "input", torch.tanh, F.tanh, "tanh", aten.tanh, in_place=("tanh_", aten.tanh_))
-_row(Kind.CLAMP, "input min max", torch.clamp, torch.clip, "clamp", "clip", aten.clamp, F.hardtanh, aten.hardtanh,
+_row(Kind.CLAMP, "input min max", torch.clamp, torch.clip, "clamp", "clip", aten.clamp,
      in_place=("clamp_", "clip_", aten.clamp_))  # fmt: skip
+_row(Kind.CLAMP, "input min max inplace", F.hardtanh, aten.hardtanh)
 _row(Kind.CLAMP, "input min", torch.clamp_min, "clamp_min", aten.clamp_min)
 _row(Kind.CLAMP, "input max", torch.clamp_max, "clamp_max", aten.clamp_max)
 _row(Kind.EXP, "input", torch.exp, "exp", aten.exp, in_place=("exp_", aten.exp_))
@@ -185,6 +186,10 @@ _row(Kind.ADDCMUL, "input tensor1 tensor2 value", torch.addcmul, "addcmul", aten
 _row(Kind.LOGSUMEXP, "input dim keepdim", torch.logsumexp, "logsumexp", aten.logsumexp, torch.special.logsumexp)
 _row(Kind.FILLED_LIKE, "input fill_value", torch.full_like, aten.full_like)
 _row(Kind.FILLED_LIKE, "input", torch.zeros_like, torch.ones_like, aten.zeros_like, aten.ones_like)
+_row(Kind.OPAQUE, "input", F.softmin, aten._scaled_dot_product_flash_attention_for_cpu,
+     aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
+     aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_attention_math,
+     torch.ops.higher_order.flex_attention)  # fmt: skip
 _row(Kind.OPAQUE, "query key value", F.multi_head_attention_forward, F.gumbel_softmax, nn.MultiheadAttention,
      torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention, aten._native_multi_head_attention,
      aten._transformer_encoder_layer_fwd)  # fmt: skip
@@ -229,8 +234,14 @@ def read(node: Any) -> Call | None:
     if row is None:
         return None
     arguments = _bind(row, node)
+    if arguments is None and row.kind in (Kind.SOFTMAX, Kind.ATTENTION):
+        return Call(Kind.OPAQUE, node, {})  # one that no pass understands is still reported
     if arguments is None or (not isinstance(arguments.get("input", node), fx.Node) and row.kind not in _SCALAR_FIRST):
         return None
+    if row.kind == Kind.VIEW and isinstance(arguments.get("size"), torch.dtype):
+        return None  # the same bits as other numbers
+    if node.target in (F.hardtanh, aten.hardtanh.default):
+        arguments = {"min": -1.0, "max": 1.0, **arguments}
     if node.target in ("float", "half", "bfloat16", "double"):
         arguments["dtype"] = _CAST_METHODS[node.target]
     return Call(row.kind, node, arguments, row.in_place or arguments.get("inplace") is True)
@@ -304,11 +315,11 @@ def _read_module(node: fx.Node) -> Call | None:
     if isinstance(module, _OPAQUE_MODULES):
         return Call(Kind.OPAQUE, node, {})
     entry = _MODULES.get(type(module))
-    if entry is None or len(node.args) != 1 or node.kwargs:
-        return None
+    is_plain = len(node.args) == 1 and not node.kwargs and not module._forward_hooks and not module._forward_pre_hooks
+    if entry is None or not is_plain:
+        is_softmax = isinstance(module, (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax))
+        return Call(Kind.OPAQUE, node, {}) if is_softmax else None
     kind, arguments = entry
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
     bound = {"input": node.args[0], "module": module, **arguments(module)}
     return Call(kind, node, bound, bound.get("inplace") is True)
 

@@ -59,6 +59,7 @@ class _Reader:
                 check_cast(step)
         self._check_used_once()
         layers = [linear_layer(c) for c in (up, gate, self.down) if c is not None]
+        self._check_layers(layers)
         self._check_dtypes(up["input"], layers)
         inputs = {up["input"], *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))}
         start = min(map(self.order.__getitem__, self.interior))
@@ -123,6 +124,13 @@ class _Reader:
                 if user not in inside and not (call is not None and call.kind == Kind.ASSERT):
                     name = "the output" if user.op == "output" else user.name
                     raise Refuse("hidden_used_elsewhere", f"the hidden units {node.name} are also used by {name}")
+
+    def _check_layers(self, layers: list[LinearLayer]) -> None:
+        for layer in layers:
+            bias = shape_of(layer.bias)
+            is_matrix = layer.shape is not None and len(layer.shape) == 2
+            if not is_matrix or (bias is not None and len(bias) != 1):
+                raise Refuse("shape_unknown", f"a layer of {self.down.node.name} has no weight matrix and bias vector")
 
     def _check_dtypes(self, x: fx.Node, layers: list[LinearLayer]) -> None:
         tensors = [x, *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))]

@@ -9,6 +9,7 @@ from torch import fx
 from .axes import read_move, same_shape
 from .dialect import Call, Kind, read
 from .layout import Permute
+from .mutation import is_mutated
 from .sites import Factor
 from .values import shape_of
 
@@ -17,7 +18,7 @@ def look_through(factor: Factor, passed: set[fx.Node]) -> Factor:
     """The factor before transposes, copies and repeated heads, none of which the op needs; `passed` takes the nodes."""
     while factor.order is None:
         call = read(factor.node)
-        if call is None or call.in_place:
+        if call is None or call.in_place or is_mutated(factor.node):
             break
         if call.kind == Kind.SAME:
             source, transposed = call["input"], factor.transposed
@@ -25,7 +26,7 @@ def look_through(factor: Factor, passed: set[fx.Node]) -> Factor:
             source, transposed = call["input"], not factor.transposed
         else:
             repeated = _source_of_repeat(call) if factor.transposed else None
-            if repeated is None:
+            if repeated is None or any(map(is_mutated, repeated[1:])):
                 break
             source, transposed = repeated[0], factor.transposed
             passed.update(repeated[1:])

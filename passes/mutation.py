@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from typing import Any
 
@@ -12,48 +14,89 @@ from .dialect import Kind, read
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose values a node writes to."""
-    if node.target in _CHANGES_NO_VALUE:
+    """The arguments whose values a node writes to, or may write to."""
+    if node.op in ("placeholder", "get_attr", "output") or node.target in _CHANGES_NO_VALUE:
         return []
     if node.op == "call_method":
         name = str(node.target)
         mutates = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_DUNDERS
         return [x for x in node.args[:1] if mutates and isinstance(x, fx.Node)]
     if node.op == "call_module":
-        call = read(node)
-        return [call["input"]] if call is not None and call.in_place else []
-    if node.op != "call_function":
-        return []
+        return node.all_input_nodes if _module_may_write(node) else []
     written: list[Any] = [node.kwargs.get("out")]
-    target = node.target
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        for position, argument in enumerate(target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.append(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
+        written += _written_by_schema(node, target._schema)
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        for overload in target.overloads():
+            written += _written_by_schema(node, getattr(target, overload)._schema)
     elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
         written.append(node.args[0])
+    elif not _is_torch_function(target):
+        return node.all_input_nodes  # a function that nothing is known of, or one with graphs inside
     else:
         name = getattr(target, "__name__", "")
-        if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True:
+        position = _inplace_position(target)
+        is_told = node.kwargs.get("inplace") is True or (
+            position is not None and len(node.args) > position and node.args[position] is True
+        )
+        if (name.endswith("_") and not name.endswith("__")) or is_told:
             written.append(node.args[0] if node.args else node.kwargs.get("input"))
-        else:
-            call = read(node)
-            if call is not None and call.in_place:
-                written.append(call["input"])
     nodes = [x for item in written for x in (item if isinstance(item, (list, tuple)) else [item])]
     return [x for x in nodes if isinstance(x, fx.Node)]
 
 
+def _written_by_schema(node: fx.Node, schema: Any) -> list[Any]:
+    found = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(node.args[position] if position < len(node.args) else node.kwargs.get(argument.name))
+    return found
+
+
+def _module_may_write(node: fx.Node) -> bool:
+    """Whether a called module may write to its inputs: it is told to, or nothing is known of it."""
+    owner = node.graph.owning_module
+    module = owner.get_submodule(str(node.target)) if owner is not None else None
+    if getattr(module, "inplace", False) is True:
+        return True
+    return not type(module).__module__.startswith("torch.nn")
+
+
+def _is_torch_function(target: Any) -> bool:
+    """Whether a function is one of torch or of Python itself, so that its name tells whether it writes."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return False
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", "")
+    return module is None or module.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
+
+
+@functools.cache
+def _inplace_position(target: Any) -> int | None:
+    """The position of a parameter `inplace`, as many functions of torch.nn.functional have one."""
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # built in
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
 _CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in _ARITHMETIC}
-_IN_PLACE_DUNDERS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__ipow__"}
+_IN_PLACE_DUNDERS = {*(f"__i{name}__" for name in _ARITHMETIC), "__setitem__"}
 
 
-def is_mutated(node: fx.Node) -> bool:
-    """Whether any node writes to this one."""
-    return any(node in mutated_arguments(user) for user in node.users)
+def is_mutated(node: fx.Node, depth: int = 4) -> bool:
+    """Whether any node writes to this one, or to what may be a view of it."""
+    for user in node.users:
+        if node in mutated_arguments(user):
+            return True
+        call = read(user)
+        may_be_view = user.op in ("call_function", "call_method") and (call is None or call.kind not in _FRESH)
+        if may_be_view and depth and is_mutated(user, depth - 1):
+            return True
+    return False
 
 
 # Results that share no memory with an argument, so that a later write to one does not reach the other.

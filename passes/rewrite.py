@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.config import Keep, as_ratio, kept_count
@@ -19,9 +19,13 @@ from .emit import EmitError, Emitter
 from .layout import Layout
 from .mutation import mutated_arguments
 from .sites import AttentionSite, Factor, FFNSite, LinearLayer, Term
-from .values import is_scalar, shape_of, value_of
+from .values import dtype_of, is_scalar, shape_of, value_of
 
 aten = torch.ops.aten
+
+
+EVERY_KEY = 2**62
+"""k="all" where tracing recorded no shapes: more keys than there can be."""
 
 
 def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
@@ -163,10 +167,15 @@ def _emit_term(emit: Emitter, site: AttentionSite, term: Term, query: fx.Node) -
         value = value_of(query)
         where = {"dtype": compute(value).dtype, "device": value.device} if value is not None else {}
         node = emit.call(aten.scalar_tensor.default, node, **where)
-    if term.multiplier != 1:
-        node = emit.call(aten.mul.Scalar, node, term.multiplier)
-    if term.negated:
-        node = emit.call(aten.neg.default, node)
+    if term.negated or term.multiplier != 1:
+        value = value_of(query)
+        dtype = torch.float32 if value is None else compute(value).dtype
+        if dtype_of(node) != dtype:  # a narrower one could overflow, or wrap around
+            node = emit.call(aten.to.dtype, node, dtype)
+        factor = term.multiplier
+        if term.negated:
+            factor = emit.call(operator.neg, factor) if isinstance(factor, fx.Node) else -factor
+        node = emit.call(aten.mul.Scalar, node, factor)
     layout = site.score_layout
     if term.stage == len(layout.moves) and _last_order(layout) is None:
         return node
@@ -192,9 +201,9 @@ def _emit_kept_keys(emit: Emitter, value: fx.Node, keep: Keep) -> Any:
     shape = shape_of(value)
     if shape is not None and isinstance(shape[-2], int):
         return max(1, kept_count(keep, shape[-2]))
-    count = emit.call(aten.sym_size.int, value, -2)
     if keep == "all":
-        return count
+        return EVERY_KEY if shape is None else emit.call(aten.sym_size.int, value, -2)
+    count = emit.call(aten.sym_size.int, value, -2)
     assert isinstance(keep, float)
     numerator, denominator = as_ratio(keep)
     scaled = count if numerator == 1 else emit.call(operator.mul, count, numerator)
@@ -205,11 +214,25 @@ def _emit_dropout(emit: Emitter, p: Any, module: fx.Node | None) -> list[Any]:
     """The dropout argument, if there is one; a dropout module is asked at run time whether it is training."""
     if module is None:
         return [p] if p else []
+    root = emit.graph.owning_module
+    assert root is not None
+    name = f"{module.target}_probability"
+    root.add_submodule(name, DropoutProbability(cast(nn.Dropout, root.get_submodule(str(module.target)))))
     with emit.graph.inserting_before(emit.before):
-        owner = emit.graph.create_node("get_attr", str(module.target))
-    emit.emitted.append(owner)
-    training = emit.call(getattr, owner, "training")
-    return [emit.call(operator.mul, p, training)]
+        probability = emit.graph.create_node("call_module", name)
+    emit.emitted.append(probability)
+    return [probability]
+
+
+class DropoutProbability(nn.Module):
+    """The probability with which a dropout module drops now: 0 while it is not training."""
+
+    def __init__(self, dropout: nn.Dropout) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self) -> float:
+        return self.dropout.p if self.dropout.training else 0.0
 
 
 def _emit_layer(emit: Emitter, layer: LinearLayer | None) -> tuple[fx.Node | None, fx.Node | None]:
@@ -236,6 +259,7 @@ def _check_shape(emit: Emitter, new: fx.Node, old: fx.Node) -> None:
 
 def _replace(old: fx.Node, new: fx.Node, interior: tuple[fx.Node, ...]) -> None:
     """Puts `new` in the place of `old` and erases what only the dense form needed."""
+    new.meta["replaces"] = old.name
     for key, value in old.meta.items():
         if key not in ("source_fn_stack", "torch_fn", "from_node"):
             new.meta[key] = value

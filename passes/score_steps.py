@@ -156,7 +156,7 @@ def check_cast(call: Call) -> fx.Node | None:
     """Refuse a cast to what is no floating-point dtype; returns the tensor that tells the dtype if tracing did not."""
     dtype = dtype_of(call.node) or call.get("dtype")
     if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
+        if not dtype.is_floating_point or dtype.itemsize < 2:
             raise Refuse("cast_not_floating", f"{describe(call.node)} casts to {dtype}")
         return None
     like = call.get("like")

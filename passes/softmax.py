@@ -14,19 +14,24 @@ from .mutation import is_mutated
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """A softmax over `dim` of `input`; `output` is its result, `interior` every node it is made of."""
+    """A softmax over `dim` of `input`; `output` is its result, `interior` every node it is made of.
+
+    `zero_empty_rows`: a row of -inf becomes 0, and not NaN.
+    """
 
     input: fx.Node
     dim: Any
     output: fx.Node
     interior: tuple[fx.Node, ...]
+    zero_empty_rows: bool = False
 
 
 def read_softmax(call: Call) -> Softmax | None:
     """The softmax whose result a call is, in any spelling."""
     match call.kind:
         case Kind.SOFTMAX:
-            return Softmax(call["input"], call.get("dim"), call.node, (call.node,))
+            is_safe = call.node.target in (torch.ops.aten._safe_softmax.default, torch._safe_softmax)
+            return Softmax(call["input"], call.get("dim"), call.node, (call.node,), zero_empty_rows=is_safe)
         case Kind.EXP:
             return _exp_of_log_softmax(call) or _exp_minus_logsumexp(call)
         case Kind.DIV:
@@ -62,6 +67,8 @@ def _exp_over_sum(div: Call) -> Softmax | None:
     """exp(x) / exp(x).sum(dim, keepdim=True), with or without the row maximum subtracted from x."""
     exp, total = read(div["input"]), read(div.get("other"))
     if exp is None or total is None or exp.kind != Kind.EXP or total.kind != Kind.SUM or div.get("rounding_mode"):
+        return None
+    if total.get("dtype") is not None:
         return None
     if total["input"] is not exp.node or not total.get("keepdim") or is_mutated(exp.node) or is_mutated(total.node):
         return None

@@ -37,5 +37,14 @@ def check_span(
             continue
         if roots is None:
             roots = set().union(*map(storage_roots, inputs))
-        if any(storage_roots(x) & roots for x in written):
+        if any(_may_share(storage_roots(x), roots) for x in written):
             raise Refuse("inputs_written_between", f"{describe(node)} writes to an input of the {what} inside it")
+
+
+def _may_share(written: set[fx.Node], read_from: set[fx.Node]) -> bool:
+    """Whether two sets of storage roots may share memory: two inputs of a graph, or two of its buffers, may be one."""
+    return bool(written & read_from) or (any(map(_is_from_outside, written)) and any(map(_is_from_outside, read_from)))
+
+
+def _is_from_outside(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")

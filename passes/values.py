@@ -87,10 +87,11 @@ def is_matrix(node: fx.Node) -> bool:
     if call is None:
         return False
     if call.kind == Kind.TRANSPOSE:
-        return {call.get("dim0"), call.get("dim1")} == {-1, -2} or max(call.get("dim0", 0), call.get("dim1", 1)) > 0
+        dims = (call.get("dim0"), call.get("dim1"))
+        return all(isinstance(d, int) for d in dims) and dims[0] != dims[1] and dims not in ((0, -1), (-1, 0))
     if call.kind in (Kind.CAST, Kind.SAME, Kind.SOFTMAX, Kind.DROPOUT):
         return is_matrix(call["input"])
-    return call.kind in (Kind.MATRIX_TRANSPOSE, Kind.REPEAT_INTERLEAVE)
+    return call.kind == Kind.MATRIX_TRANSPOSE
 
 
 _SCALAR_FUNCTIONS = {
@@ -143,9 +144,12 @@ def constant_of(value: Any) -> float | None:
     recorded = value_of(value)
     if isinstance(recorded, (int, float)) and not isinstance(recorded, bool):
         return float(recorded)
+    if dtype_of(value) not in (None, torch.float32, torch.float64):
+        return None  # rounded to what the number does not tell
     call = read(value)
     if call is not None and call.kind in (Kind.SAME, Kind.CAST) and not is_mutated(value):
-        return constant_of(call["input"])
+        is_widest = call.get("dtype") in (None, torch.float32, torch.float64)
+        return constant_of(call["input"]) if is_widest else None
     return _filled_constant(value)
 
 
@@ -180,6 +184,8 @@ def _filled_constant(node: fx.Node) -> float | None:
         return None
     position = _fill_functions()[target]
     number = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
+    if node.kwargs.get("dtype") not in (None, torch.float32, torch.float64):
+        return None
     if is_mutated(node) or isinstance(number, (bool, fx.Node)) or not isinstance(number, (int, float)):
         return None
     shape = shape_of(node)

@@ -57,7 +57,7 @@ def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[
     from torch._inductor import config as inductor_config
 
     ours = {name: value for name, value in options.items() if name in TopKConfig.option_names()}
-    rest = {name.replace("-", "_"): value for name, value in options.items() if name not in ours}
+    rest = {str(name).replace("-", "_"): value for name, value in options.items() if name not in ours}
     base = rest.pop("config", None)
     mode = rest.pop("mode", None) or mode
     known = inductor_config.get_config_copy()

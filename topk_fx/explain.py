@@ -10,7 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from .config import TopKConfig
-from .export import rewrite
+from .export import as_config, rewrite
 from .report import RewriteReport
 
 
@@ -38,7 +38,7 @@ def explain(
         return rewrite(model, config, **options)[1]
     if isinstance(model, ExportedProgram):
         return rewrite(model, config, **options)[1]
-    config = TopKConfig.from_options(options) if config is None else config.replace(**options)
+    config = as_config(config, options)
     reports: list[RewriteReport] = []
 
     def record(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

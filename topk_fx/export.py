@@ -31,7 +31,7 @@ def rewrite(program: Program, config: TopKConfig | None = None, **options: Any) 
         UnsupportedProgramError: `program` is neither; trace it first.
         ConfigError: an option is not accepted.
     """
-    config = _config(config, options)
+    config = as_config(config, options)
     chosen = lowering.choose(config)
     run = TopKPass(config, chosen, lowering.pays)
     if isinstance(program, ExportedProgram):
@@ -45,7 +45,8 @@ def rewrite(program: Program, config: TopKConfig | None = None, **options: Any) 
     )
 
 
-def _config(config: TopKConfig | None, options: dict[str, Any]) -> TopKConfig:
+def as_config(config: TopKConfig | None, options: dict[str, Any]) -> TopKConfig:
+    """The configuration that a caller gave, as an object or as its fields."""
     if config is not None and not isinstance(config, TopKConfig):
         raise ConfigError(f"config={config!r} is not accepted: give a topk_fx.TopKConfig, or its fields by name")
     return TopKConfig.from_options(options) if config is None else config.replace(**options)
@@ -55,6 +56,13 @@ def _rewrite_exported(program: ExportedProgram, run: TopKPass) -> tuple[Exported
     module = copy_graph_module(program.graph_module)
     report = run(module, "exported program")
     signature = copy.deepcopy(program.graph_signature)
+    calls = copy.deepcopy(program.module_call_graph)
+    renamed = {node.meta["replaces"]: node.name for node in module.graph.nodes if "replaces" in node.meta}
+    for entry in calls:
+        arguments = [] if entry.signature is None else [*entry.signature.inputs, *entry.signature.outputs]
+        for argument in arguments:
+            if getattr(argument, "name", None) in renamed:
+                argument.name = renamed[argument.name]
     names = zip(_output_names(program.graph_module), _output_names(module), strict=True)
     for old, new in names:
         if old != new:
@@ -66,7 +74,7 @@ def _rewrite_exported(program: ExportedProgram, run: TopKPass) -> tuple[Exported
             graph_signature=signature,
             state_dict=program.state_dict,
             range_constraints=copy.deepcopy(program.range_constraints),
-            module_call_graph=copy.deepcopy(program.module_call_graph),
+            module_call_graph=calls,
             example_inputs=program.example_inputs,
             constants=program.constants,
             verifiers=program.verifiers,

@@ -49,9 +49,7 @@ def attention_frame(query: Tensor, key: Tensor, value: Tensor, operands: Sequenc
     batch = broadcast("batch sizes", *(x.shape[:-3] for x in (query, key, value, *rest)))
     (key_count,) = broadcast("key counts", key.shape[-2:-1], *(x.shape[-1:] for x in rest))
     if value.size(-2) != key_count:
-        raise ShapeError(
-            f"value has length {value.size(-2)} and the scores are over {key_count} keys; they must be equal"
-        )
+        raise ShapeError(f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths differ")
     query_shape = broadcast(
         "query heads and lengths", query.shape[-3:-1], *(x.shape[-3:-1] for x in rest), torch.Size((heads, 1))
     )
@@ -159,8 +157,8 @@ def check_ffn_inputs(
         "down_bias": (down_weight.size(0),),
     }
     for name, shape in expected.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
+        x = tensors.get(name)
+        if x is not None and tuple(x.shape) != shape:
             raise ShapeError(
-                f"{name} has shape {tuple(tensors[name].shape)}; with up_weight {tuple(up_weight.shape)} it must be "
-                f"{tuple(shape)}"
+                f"{name} has shape {tuple(x.shape)}; with up_weight {tuple(up_weight.shape)} it must be {tuple(shape)}"
             )

@@ -56,7 +56,7 @@ def attention_forward(
     chunk_size = max(1, SCORE_BUDGET // max(1, batch * heads * key_count))
     for start in range(0, queries, chunk_size):
         rows = slice(start, min(start + chunk_size, queries))
-        # No row of a causal chunk sees a key beyond the last. Dropout counts slots, whose order must not hang on chunks.
+        # A causal chunk sees no key beyond its last row. Dropout counts slots, whose order must not hang on chunks.
         is_narrowed = program.ends_causal and dropout_keep is None
         visible = min(rows.stop, key_count) if is_narrowed else key_count
         scores = _products(compute(query[:, :, rows]), keys[..., :visible]).mul_(scale)
