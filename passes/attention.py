@@ -40,6 +40,11 @@ _MOVES = {
 }  # fmt: skip
 
 
+_STRICT_PRODUCTS = {
+    torch.mm, torch.bmm, "mm", "bmm", torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
+}  # fmt: skip
+"""Products that take matrices alone."""
+
 _SCORE_ARGUMENTS = {
     Kind.WHERE: ("input", "other"),
     Kind.ADD: ("input", "other"),
@@ -124,6 +129,7 @@ class _Reader:
         self.interior: set[fx.Node] = set(softmax.interior)
         self.sizes: list[fx.Node] = []  # symbolic sizes that the graph takes from the scores
         self.dtypes_taken: list[fx.Node] = []  # tensors whose dtype a cast takes, in graphs that do not record dtypes
+        self.rank: int | None = None  # of the scores, as the last move told, in graphs that do not record shapes
         self.passed: set[fx.Node] = set()  # looked through, but not part of the site: transposes and repeats of K, V
 
     def read(self) -> AttentionSite:
@@ -281,6 +287,7 @@ class _Reader:
         if move is None:
             return key_axis
         events.append(call)
+        self.rank = len(move.dims) if isinstance(move, Permute) else len(move[0])
         if isinstance(move, Permute):
             return move.dims[key_axis]
         return whole_axis(move[1], move[0], key_axis)
@@ -295,7 +302,7 @@ class _Reader:
         left, right = (
             (call["input"], call["other"]) if call.kind == Kind.MATMUL else (call.get("left"), call.get("right"))
         )
-        rank = rank_of(node)
+        rank = rank_of(node) or self.rank
         axis = key_axis - rank if rank is not None and key_axis >= 0 else key_axis
         if axis not in (-1, -2):
             raise Refuse(
@@ -303,7 +310,8 @@ class _Reader:
             )
         query, key = (left, right) if axis == -1 else (right, left)
         shape = shape_of(node)
-        if not is_matrix(key) or (shape is not None and (len(shape) < 2 or not is_matrix(query))):
+        is_strict = call.kind != Kind.MATMUL or node.target in _STRICT_PRODUCTS
+        if not is_strict and (not is_matrix(key) or (shape is not None and (len(shape) < 2 or not is_matrix(query)))):
             if rank_of(key) is None:
                 raise Refuse("shape_unknown", f"whether {key.name} is a matrix was not traced")
             raise Refuse("not_attention", f"{describe(node)} is a product with a vector")
@@ -326,7 +334,7 @@ class _Reader:
 
     def _forward_order(self, product: _Product, events: list[Call | Step]) -> tuple[Layout, tuple[ScoreStep, ...]]:
         """The moves and steps from the product to the softmax, in the order in which the model does them."""
-        rank = rank_of(product.node)
+        rank = rank_of(product.node) or self.rank
         if product.first_moves:
             rank = len(product.first_moves[0].dims)
         layout = Layout((), product.axes, rank)

@@ -260,6 +260,8 @@ def _find_row(node: fx.Node) -> _Row | None:
     if isinstance(target, torch._ops.OpOverload):
         if target.overloadpacket is aten.max and target._overloadname != "dim":
             return None
+        if target._overloadname == "dtype" and target.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+            return None  # accumulates in another dtype
         return _FUNCTIONS.get(target.overloadpacket)
     try:
         return _FUNCTIONS.get(target)
@@ -275,13 +277,18 @@ def _bind(row: _Row, node: fx.Node) -> dict[str, Any] | None:
     if row.kind in (Kind.ASSERT, Kind.OPAQUE):
         return {"input": node.args[0]} if node.args else {}
     if row.kind == Kind.EINSUM:
-        equation, *operands = node.args
+        equation, *operands = node.args or (node.kwargs.get("equation"), node.kwargs.get("tensors"))
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = list(operands[0])
         return {"equation": equation, "operands": operands} if not node.kwargs.get("path") else None
     positional = list(node.args)
     if row.kind == Kind.CAST:
-        return {"input": positional[0], **_cast_target(node)}
+        source = (
+            positional[0]
+            if positional
+            else next((node.kwargs[n] for n in ("self", "input", "a") if n in node.kwargs), None)
+        )
+        return {"input": source, **_cast_target(node, source)}
     if len(positional) > len(row.parameters):
         if row.parameters[-1] not in _LISTED:
             return None
@@ -297,12 +304,12 @@ def _bind(row: _Row, node: fx.Node) -> dict[str, Any] | None:
     return arguments
 
 
-def _cast_target(node: fx.Node) -> dict[str, Any]:
+def _cast_target(node: fx.Node, source: Any) -> dict[str, Any]:
     """The dtype that a cast names, or `like`: the tensor whose dtype it takes."""
     for argument in (*node.args[1:], *node.kwargs.values()):
         if isinstance(argument, torch.dtype):
             return {"dtype": argument}
-        if isinstance(argument, fx.Node):
+        if isinstance(argument, fx.Node) and argument is not source:
             is_dtype = argument.target is getattr and len(argument.args) == 2 and argument.args[1] == "dtype"
             return {"like": argument.args[0] if is_dtype else argument}
     return {}

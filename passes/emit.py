@@ -50,8 +50,13 @@ class Emitter:
 
     def _fake_value(self, node: fx.Node) -> Any:
         value = value_of(node)
-        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and self.fake_mode is not None:
+        if self.fake_mode is None or not isinstance(value, torch.Tensor):
+            return value
+        if not isinstance(value, FakeTensor):
             return self.fake_mode.from_tensor(value, static_shapes=True)
+        if value.fake_mode is not self.fake_mode:  # make_fx on real tensors has a mode for each value
+            with self.fake_mode:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         return value
 
     def undo(self) -> None:

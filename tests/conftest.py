@@ -1,0 +1,38 @@
+"""Fixtures of every test: seeded, started from empty caches, and with memory that shows what nobody wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import topk_fx
+
+# The tensors here are too small to share among threads, and threads that wait for each other on a busy machine make
+# the tests four times slower.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, alone or in any order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Neither Dynamo's caches nor topk_fx's reports outlive a test."""
+    yield
+    torch._dynamo.reset()
+    topk_fx.clear_reports()
+
+
+@pytest.fixture(scope="module")
+def nan_filled_memory() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN, integers with their maximum: no test passes on leftover zeros."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory, "torch fills only while this is set"
+    yield
+    torch.use_deterministic_algorithms(before)
