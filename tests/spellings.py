@@ -24,13 +24,14 @@ SCALE = 1 / math.sqrt(D)
 
 SHAPES = {
     "q": (B, H, LQ, D), "k": (B, H, LK, D), "v": (B, H, LK, DV),
-    "k_transposed": (B, H, D, LK), "q_one": (1, H, LQ, D), "q_last": (B, H, 1, D), "k_one_head": (B, 1, LK, D), "v_one_head": (B, 1, LK, DV),
+    "k_transposed": (B, H, D, LK), "q_one": (1, H, LQ, D), "q_last": (B, H, 1, D),
+    "k_one_head": (B, 1, LK, D), "v_one_head": (B, 1, LK, DV),
     "q_joined": (B * H, LQ, D), "k_joined": (B * H, LK, D), "v_joined": (B * H, LK, DV),
     "q_matrix": (LQ, D), "k_matrix": (LK, D), "v_matrix": (LK, DV), "k_single": (B, LK, D), "v_single": (B, LK, DV),
     "q_grouped": (B, GROUPED, LQ, D), "k_grouped": (B, KV_HEADS, LK, D), "v_grouped": (B, KV_HEADS, LK, DV),
     "q_heads_last": (B, LQ, H, D), "k_heads_last": (B, LK, H, D), "v_heads_last": (B, LK, H, DV),
-    "bias": (1, H, LQ, LK), "bias_matrix": (LQ, LK), "bias_keys": (LK,), "bias_joined": (B * H, LQ, LK), "slopes": (H, 1, 1),
-    "alibi_joined": (B * H, 1, LK), "temperature": (), "sink": (H,),
+    "bias": (1, H, LQ, LK), "bias_matrix": (LQ, LK), "bias_keys": (LK,), "bias_joined": (B * H, LQ, LK),
+    "slopes": (H, 1, 1), "alibi_joined": (B * H, 1, LK), "temperature": (), "sink": (H,),
 }  # fmt: skip
 
 
@@ -269,7 +270,7 @@ def divided_by_learned_scale_of_heads(q: Tensor, k: Tensor, v: Tensor, scale_hea
 
 @spelling()
 def negated_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (-(-(q @ k.transpose(-2, -1)))).softmax(-1) @ v
+    return torch.neg(-(q @ k.transpose(-2, -1))).softmax(-1) @ v
 
 
 @spelling()

@@ -52,6 +52,13 @@ def below_autograd() -> Iterator[None]:
         yield
 
 
+def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
+    """Lets Dynamo trace one function as often as it is asked to."""
+    from torch._dynamo.utils import disable_cache_limit
+
+    return disable_cache_limit()
+
+
 def expand_mode(mode: str) -> dict[str, Any]:
     """The Inductor options that a mode of torch.compile stands for; ConfigError if there is no such mode."""
     if mode == "default":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .compat import no_recompile_limit
 from .config import TopKConfig
 from .export import as_config, rewrite
 from .report import RewriteReport
@@ -46,10 +48,24 @@ def explain(
         return graph.forward
 
     args = (args,) if isinstance(args, torch.Tensor) else args
-    torch.compile(model, backend=record)(*args, **(kwargs or {}))
+    with torch.random.fork_rng(), no_recompile_limit(), _kept_buffers(model):
+        torch.compile(model, backend=record)(*args, **(kwargs or {}))
     sites = tuple(site for report in reports for site in report.sites)
     graphs = f"{len(reports)} graph{'s' if len(reports) != 1 else ''} of {_name(model)}"
     return RewriteReport(sites, graphs)
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: object) -> Iterator[None]:
+    """Gives a module's buffers back what they hold now: running a model may count batches and fill caches."""
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def _name(model: Any) -> str:

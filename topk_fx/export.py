@@ -54,6 +54,10 @@ def as_config(config: TopKConfig | None, options: dict[str, Any]) -> TopKConfig:
 
 def _rewrite_exported(program: ExportedProgram, run: TopKPass) -> tuple[ExportedProgram, RewriteReport]:
     module = copy_graph_module(program.graph_module)
+    for old, new in zip(program.graph_module.graph.nodes, module.graph.nodes, strict=True):
+        if old.op == "placeholder":  # copying renames one that is called as a builtin is, and the signature knows names
+            new.name = new.target = old.name
+    module.recompile()
     report = run(module, "exported program")
     signature = copy.deepcopy(program.graph_signature)
     calls = copy.deepcopy(program.module_call_graph)

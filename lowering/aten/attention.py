@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from topk_fx.reference import compute
@@ -58,14 +57,11 @@ def attention_forward(
         rows = slice(start, min(start + chunk_size, queries))
         # A causal chunk sees no key beyond its last row. Dropout counts slots, whose order must not hang on chunks.
         is_narrowed = program.ends_causal and dropout_keep is None
-        visible = min(rows.stop, key_count) if is_narrowed else key_count
+        visible = min(max(rows.stop, kept), key_count) if is_narrowed else key_count
         scores = _products(compute(query[:, :, rows]), keys[..., :visible]).mul_(scale)
         scores = _apply_score(program, scores, operands, rows)
-        top, chunk_indices = select(scores, min(kept, visible))
+        top, chunk_indices = select(scores, kept)
         chunk_weights, chunk_indices = _softmax(top, chunk_indices, zero_empty_rows)
-        if visible < kept:
-            unused = (0, kept - visible)
-            chunk_weights, chunk_indices = F.pad(chunk_weights, unused), F.pad(chunk_indices, unused, value=-1)
         summed = chunk_weights
         if dropout_keep is not None:
             keep = dropout_keep[:, :, rows]

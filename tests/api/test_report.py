@@ -58,7 +58,7 @@ where                kind       shapes                     k     dense     top-k
 layers.0.self_attn   attention  scores[2,8,1024,1024] D64  64    64.0 MiB  8.0 MiB  rewritten, aten
 layers.0.mlp         ffn        tokens[2,1024] hidden2048  0.25  16.0 MiB  8.0 MiB  rewritten, aten
 layers.0.cross_attn  attention  scores[2,8,1024,7] D64           448 KiB            left dense: k_covers_all_keys (7 keys, and k is 64)
-softmax_2            attention                                                      left dense: softmax_not_over_keys""",  # noqa: E501
+softmax_2            attention                                                      left dense: softmax_not_over_keys""",
     )
 
 

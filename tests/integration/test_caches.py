@@ -89,7 +89,6 @@ def test_users_pass_without_identity_is_never_cached() -> None:
 
 
 def test_second_process_hits(tmp_path: Path) -> None:
-    assert compile_anew(3) == MISS
     script = tmp_path / "script.py"
     script.write_text("""
 import torch
@@ -105,8 +104,11 @@ import topk_fx
 torch.testing.assert_close(output, topk_fx.reference.attention(*inputs, k=3, scale=1.0))
 """)
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "1 0\n", done.stderr
+    runs = [
+        subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
+        for _ in range(2)
+    ]
+    assert [run.stdout for run in runs] == ["0 1\n", "1 0\n"], runs[-1].stderr
 
 
 def test_source_hash_covers_every_source_file() -> None:

@@ -48,7 +48,8 @@ SAME_MEANING: dict[str, tuple[Kind, dict[str, Any], list[Form]]] = {
         form("matmul", "x", "y"), form("__matmul__", "x", "y"), form(torch.bmm, "x", "y"), form("bmm", "x", mat2="y"),
         form(torch.mm, "x", mat2="y"), form(aten.matmul.default, "x", "y"), form(aten.bmm.default, "x", "y")]),
     "softmax": (Kind.SOFTMAX, {"input": "x", "dim": 1}, [
-        form(F.softmax, "x", 1), form(F.softmax, "x", dim=1), form(F.softmax, "x", 1, 3), form(torch.softmax, "x", axis=1),
+        form(F.softmax, "x", 1), form(F.softmax, "x", dim=1), form(F.softmax, "x", 1, 3),
+        form(torch.softmax, "x", axis=1),
         form("softmax", "x", 1), form("softmax", "x", dim=1), form(torch.special.softmax, "x", 1),
         form(aten.softmax.int, "x", 1), form(aten._softmax.default, "x", 1, False), form(nn.Softmax(1), "x")]),
     "softmax in float32": (Kind.SOFTMAX, {"input": "x", "dim": -1, "dtype": torch.float32}, [
@@ -62,7 +63,8 @@ SAME_MEANING: dict[str, tuple[Kind, dict[str, Any], list[Form]]] = {
         form(F.scaled_dot_product_attention, query="x", key="y", value="z", is_causal=True),
         form(aten.scaled_dot_product_attention.default, "x", "y", "z", is_causal=True)]),
     "sum": (Kind.ADD, {"input": "x", "other": "y"}, [
-        form(torch.add, "x", "y"), form(operator.add, "x", "y"), form("add", "x", other="y"), form(aten.add.Tensor, "x", "y")]),
+        form(torch.add, "x", "y"), form(operator.add, "x", "y"), form("add", "x", other="y"),
+        form(aten.add.Tensor, "x", "y")]),
     "sum with a factor": (Kind.ADD, {"input": "x", "other": "y", "alpha": 2}, [
         form(torch.add, "x", "y", alpha=2), form("add", "x", "y", alpha=2), form(aten.add.Tensor, "x", "y", alpha=2)]),
     "difference": (Kind.SUB, {"input": "x", "other": 3}, [
@@ -72,7 +74,8 @@ SAME_MEANING: dict[str, tuple[Kind, dict[str, Any], list[Form]]] = {
         form(torch.mul, "x", 0.5), form(torch.multiply, "x", 0.5), form(operator.mul, "x", 0.5), form("mul", "x", 0.5),
         form(aten.mul.Tensor, "x", 0.5), form(aten.mul.Scalar, "x", 0.5)]),
     "quotient": (Kind.DIV, {"input": "x", "other": 8}, [
-        form(torch.div, "x", 8), form(torch.true_divide, "x", 8), form(operator.truediv, "x", 8), form("divide", "x", 8),
+        form(torch.div, "x", 8), form(torch.true_divide, "x", 8), form(operator.truediv, "x", 8),
+        form("divide", "x", 8),
         form(aten.div.Tensor, "x", 8), form(aten.div.Scalar, "x", 8)]),
     "masked_fill": (Kind.MASKED_FILL, {"input": "x", "mask": "y", "value": -1e9}, [
         form(torch.masked_fill, "x", "y", -1e9), form("masked_fill", "x", "y", value=-1e9),
@@ -80,25 +83,32 @@ SAME_MEANING: dict[str, tuple[Kind, dict[str, Any], list[Form]]] = {
     "where": (Kind.WHERE, {"condition": "y", "input": "x", "other": 0.0}, [
         form(torch.where, "y", "x", 0.0), form(aten.where.ScalarOther, "y", "x", 0.0)]),
     "tanh": (Kind.TANH, {"input": "x"}, [
-        form(torch.tanh, "x"), form(F.tanh, "x"), form("tanh", "x"), form(aten.tanh.default, "x"), form(nn.Tanh(), "x")]),
+        form(torch.tanh, "x"), form(F.tanh, "x"), form("tanh", "x"), form(aten.tanh.default, "x"),
+        form(nn.Tanh(), "x")]),
     "clamp": (Kind.CLAMP, {"input": "x", "min": -1, "max": 2}, [
         form(torch.clamp, "x", -1, 2), form(torch.clip, "x", min=-1, max=2), form("clamp", "x", -1, max=2),
-        form(aten.clamp.default, "x", -1, 2), form(F.hardtanh, "x", -1, 2), form(F.hardtanh, "x", min_val=-1, max_val=2)]),
+        form(aten.clamp.default, "x", -1, 2), form(F.hardtanh, "x", -1, 2),
+        form(F.hardtanh, "x", min_val=-1, max_val=2)]),
     "dropout": (Kind.DROPOUT, {"input": "x", "p": 0.25, "training": True}, [
-        form(F.dropout, "x", 0.25, True), form(F.dropout, "x", p=0.25, training=True), form(torch.dropout, "x", 0.25, True),
+        form(F.dropout, "x", 0.25, True), form(F.dropout, "x", p=0.25, training=True),
+        form(torch.dropout, "x", 0.25, True),
         form(torch.dropout, "x", 0.25, train=True), form(aten.dropout.default, "x", 0.25, True)]),
     "cast": (Kind.CAST, {"input": "x", "dtype": torch.float32}, [
         form("to", "x", torch.float32), form("to", "x", dtype=torch.float32), form("float", "x"),
-        form("to", "x", "cpu", torch.float32), form("type", "x", torch.float32), form(aten.to.dtype, "x", torch.float32),
-        form(aten._to_copy.default, "x", dtype=torch.float32), form(torch.ops.prims.convert_element_type.default, "x", torch.float32)]),
+        form("to", "x", "cpu", torch.float32), form("type", "x", torch.float32),
+        form(aten.to.dtype, "x", torch.float32),
+        form(aten._to_copy.default, "x", dtype=torch.float32),
+        form(torch.ops.prims.convert_element_type.default, "x", torch.float32)]),
     "transpose": (Kind.TRANSPOSE, {"input": "x", "dim0": 1, "dim1": 2}, [
         form(torch.transpose, "x", 1, 2), form("transpose", "x", dim0=1, dim1=2), form("swapaxes", "x", 1, 2),
         form(torch.swapdims, "x", 1, 2), form(aten.transpose.int, "x", 1, 2)]),
-    "transpose of matrices": (Kind.MATRIX_TRANSPOSE, {"input": "x"}, [form(getattr, "x", "mT"), form(aten.mT.default, "x")]),
+    "transpose of matrices": (Kind.MATRIX_TRANSPOSE, {"input": "x"}, [form(getattr, "x", "mT"),
+        form(aten.mT.default, "x")]),
     "linear layer": (Kind.LINEAR, {"input": "x", "weight": "y"}, [
         form(F.linear, "x", "y"), form(torch._C._nn.linear, "x", weight="y"), form(aten.linear.default, "x", "y")]),
     "relu": (Kind.RELU, {"input": "x"}, [
-        form(torch.relu, "x"), form(F.relu, "x"), form("relu", "x"), form(aten.relu.default, "x"), form(nn.ReLU(), "x")]),
+        form(torch.relu, "x"), form(F.relu, "x"), form("relu", "x"), form(aten.relu.default, "x"),
+        form(nn.ReLU(), "x")]),
     "gelu by tanh": (Kind.GELU, {"input": "x", "approximate": "tanh"}, [
         form(F.gelu, "x", approximate="tanh"), form(torch._C._nn.gelu, "x", approximate="tanh"),
         form(aten.gelu.default, "x", approximate="tanh"), form(nn.GELU(approximate="tanh"), "x")]),

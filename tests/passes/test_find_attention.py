@@ -88,7 +88,7 @@ def test_spelling_traced_by_make_fx_is_rewritten(spelling: Spelling, tracing_mod
 
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.name in FOR_MAKE_FX], ids=by_name)
 def test_decomposed_export_computes_the_same(spelling: Spelling) -> None:
-    """Core ATen: products are bmm of joined batches, and SDPA a softmax with its empty rows filled, which stays dense."""
+    """Core ATen: products are bmm of joined batches, and SDPA a softmax whose empty rows are filled, left dense."""
     inputs = spelling.inputs()
     program = torch.export.export(Calling(spelling.model), inputs).run_decompositions()
     rewritten, report = topk_fx.rewrite(program, k="all")

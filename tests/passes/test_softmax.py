@@ -50,7 +50,8 @@ def less_logsumexp(x: Tensor) -> Tensor:
 
 
 SPELLED = [
-    lambda x: F.softmax(x, dim=2), log_softmax, over_sum, less_maximum, less_values_of_maximum, less_detached_amax, less_logsumexp,
+    lambda x: F.softmax(x, dim=2), log_softmax, over_sum, less_maximum, less_values_of_maximum, less_detached_amax,
+    less_logsumexp,
 ]  # fmt: skip
 
 
@@ -134,8 +135,8 @@ def power_of_softmax(x: Tensor) -> Tensor:
 
 
 LOOK_ALIKES = [
-    over_sum_without_keepdim, over_sum_of_everything, over_sum_of_two_dimensions, over_sum_and_one, sum_over_exp, rounded,
-    over_sum_of_another, over_mean, written_between, sum_written, less_logsumexp_of_another, power_of_softmax,
+    over_sum_without_keepdim, over_sum_of_everything, over_sum_of_two_dimensions, over_sum_and_one, sum_over_exp,
+    rounded, over_sum_of_another, over_mean, written_between, sum_written, less_logsumexp_of_another, power_of_softmax,
 ]  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+"""The demo's one picture: quality against k, and time and memory of the three ways to run the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from measure import Measurement
+from quality import Predictions
+
+Measurements = Mapping[str, Mapping[str, Measurement]]
+MEBIBYTE = 2**20
+
+
+def save_charts(
+    path: Path, title: str, dense: Predictions, by_k: Mapping[int | float | str, Predictions], tasks: Measurements
+) -> None:
+    """Writes a PNG.
+
+    Args:
+        path: the file; its folder is made.
+        title: what was run, on what.
+        dense: what the unchanged model predicted.
+        by_k: what the rewritten model predicted for each k.
+        tasks: for each task the measurement of each rival; if there are none, time and memory are left out.
+    """
+    rows = 2 if tasks else 1
+    figure = Figure(figsize=(11, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    labels = [str(k) for k in by_k]
+    perplexities = [predictions.perplexity for predictions in by_k.values()]
+    agreements = [100 * predictions.agreement(dense) for predictions in by_k.values()]
+    _draw_quality(axes[0][0], "Perplexity (lower is better)", labels, perplexities, dense.perplexity)
+    _draw_quality(axes[0][1], "Likeliest token as dense, % of tokens", labels, agreements, 100.0)
+    if tasks:
+        _draw_times(axes[1][0], tasks)
+        _draw_memory(axes[1][1], tasks)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _draw_quality(axes: Axes, title: str, labels: Sequence[str], values: Sequence[float], dense: float) -> None:
+    axes.axhline(dense, color="grey", linestyle="--", label="dense")
+    axes.plot(labels, values, marker="o", label='backend="topk"')
+    axes.margins(y=0.2)
+    axes.set(title=title, xlabel="k, keys kept for each query")
+    axes.legend()
+
+
+def _draw_times(axes: Axes, tasks: Measurements) -> None:
+    for position, name, measurement in _bars(tasks):
+        median = measurement.median_seconds
+        spread = [[median - min(measurement.seconds)], [max(measurement.seconds) - median]]
+        axes.bar(position, median, yerr=spread, capsize=4, color=_color(tasks, name))
+    _finish_bars(axes, "Seconds (median; whiskers: least and most)", tasks)
+
+
+def _draw_memory(axes: Axes, tasks: Measurements) -> None:
+    for position, name, measurement in _bars(tasks):
+        if measurement.extra_bytes is not None:
+            axes.bar(position, measurement.extra_bytes / MEBIBYTE, color=_color(tasks, name))
+    _finish_bars(axes, "Extra peak memory, MiB", tasks)
+
+
+def _bars(tasks: Measurements) -> list[tuple[float, str, Measurement]]:
+    """Position, rival and measurement of each bar: a group per task, bars side by side in it."""
+    return [
+        (group * (len(rivals) + 1) + place, name, measurement)
+        for group, rivals in enumerate(tasks.values())
+        for place, (name, measurement) in enumerate(rivals.items())
+    ]
+
+
+def _color(tasks: Measurements, name: str) -> str:
+    names = list(next(iter(tasks.values())))
+    return f"C{names.index(name)}"
+
+
+def _finish_bars(axes: Axes, title: str, tasks: Measurements) -> None:
+    width = len(next(iter(tasks.values()))) + 1
+    axes.set_xticks([group * width + (width - 2) / 2 for group in range(len(tasks))], list(tasks))
+    for name in next(iter(tasks.values())):
+        axes.bar(0, 0, color=_color(tasks, name), label=name)
+    axes.set(title=title)
+    axes.legend()
