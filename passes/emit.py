@@ -77,7 +77,8 @@ class Emitter:
 
     def pad(self, x: fx.Node, rank: int) -> fx.Node:
         """x with leading axes of size 1, up to `rank`."""
-        own = rank_of(x) or self.told_ranks.get(x)
+        own = rank_of(x)
+        own = self.told_ranks.get(x) if own is None else own
         if own is None:
             raise EmitError(f"the rank of {x.name} is not known")
         for _ in range(rank - own):

@@ -567,7 +567,7 @@ def scores_joined_again(q_joined: Tensor, k_joined: Tensor, v_joined: Tensor, pa
     return torch.bmm(F.softmax(scores, dim=-1), v_joined)
 
 
-@spelling()
+@spelling(symbolic="not_expressible")
 def scores_permuted_to_heads_last(q: Tensor, k: Tensor, v_heads_last: Tensor) -> Tensor:
     weights = (q @ k.transpose(-2, -1)).permute(0, 2, 3, 1).softmax(2)
     return torch.einsum("bqkh,bkhd->bqhd", weights, v_heads_last)
