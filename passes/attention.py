@@ -173,8 +173,6 @@ class _Reader:
         self._check_inputs(site)
         return site
 
-    # --- the softmax
-
     def _softmax_axis(self) -> int:
         dim = self.softmax.dim
         if not isinstance(dim, int) or isinstance(dim, bool):
@@ -187,8 +185,6 @@ class _Reader:
                 "shape_unknown", f"the rank of {self.softmax.input.name} was not traced, so dim={dim} may be any axis"
             )
         return dim
-
-    # --- back to the product
 
     def _walk_back(self, key_axis: int) -> tuple[fx.Node, list[Call | Step], int]:
         """From the softmax to the product: its node, what was passed (last first), and the softmax axis there."""
@@ -292,8 +288,6 @@ class _Reader:
             return move.dims[key_axis]
         return whole_axis(move[1], move[0], key_axis)
 
-    # --- the product
-
     def _read_product(self, node: fx.Node, key_axis: int) -> _Product:
         call = read(node)
         assert call is not None
@@ -349,8 +343,6 @@ class _Reader:
                 stage = len(layout.moves)
                 steps.append(ScoreStep(name, tuple(a.at(stage) if isinstance(a, Operand) else a for a in arguments)))
         return layout, tuple(steps)
-
-    # --- forward to the product with V
 
     def _walk_forward(
         self, score_layout: Layout
@@ -411,10 +403,6 @@ class _Reader:
             raise Refuse("product_not_over_keys", f"{call.node.name} does not sum over the axis of the softmax")
         return Factor(value, transposed=True), None
 
-    # --- what is looked through
-
-    # --- proofs about the whole
-
     def _check_interior(self, output: fx.Node) -> None:
         """Nothing else may use the scores and probabilities; what only tells their shape dies with them."""
         self.interior.add(output)
@@ -449,9 +437,6 @@ class _Reader:
             )
         start = min(self.order[node] for node in self.interior | self.passed)
         check_span("attention", inputs, self.interior, start, site.output, self.order)
-
-
-# --- helpers
 
 
 def _leading_scale(steps: tuple[ScoreStep, ...]) -> tuple[Any, bool, tuple[ScoreStep, ...]]:

@@ -54,9 +54,6 @@ library.define(
 )
 
 
-# --- attention: the composite op
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -197,9 +194,6 @@ library.impl("attention_forward", _attention_forward, "Autograd")
 library.impl("attention_backward", _attention_backward, "Autograd")
 
 
-# --- attention: fakes
-
-
 @torch.library.register_fake("topk_fx::attention_forward", lib=library)
 def _attention_forward_fake(
     query: Tensor,
@@ -237,9 +231,6 @@ def _attention_backward_fake(
 ) -> list[Tensor]:
     wanted = [x for x, needed in zip(operands, operand_needs_grad, strict=True) if needed]
     return [x.new_empty(x.shape) for x in (query, key, value, *wanted)]
-
-
-# --- ffn: the composite op
 
 
 def _ffn(
@@ -334,9 +325,6 @@ library.impl("ffn_forward", lambda *args: _FFN.run(*args), "Autograd")
 library.impl("ffn_backward", lambda *args: _FFNBackward.run(*args), "Autograd")
 
 
-# --- ffn: fakes
-
-
 @torch.library.register_fake("topk_fx::ffn_forward", lib=library)
 def _ffn_forward_fake(
     input: Tensor,
@@ -384,9 +372,6 @@ def _ffn_backward_fake(
         up.new_empty(gate_shape[0]),
         down_weight.new_empty(down_weight.shape),
     )
-
-
-# --- autocast: as matmul and linear do, inputs and weights in the lower precision
 
 
 def _register(name: str, composite: Callable[..., Tensor]) -> None:
