@@ -1,7 +1,6 @@
-"""Attention in the spellings that models use. Each is a function (or module) of tensors named in TENSORS.
+"""Attention in the spellings that models use. Each is a function (or module) of tensors named in SHAPES.
 
-Sizes: batch 2, heads 3 (6 with 2 for keys where grouped), Lq 7, Lk 9, D 4, Dv 5: no two axes that could be confused are
-of one size.
+Sizes: batch 2, heads 3 (where grouped 6, and 2 for keys), Lq 7, Lk 9, D 4, Dv 5: no two axes of a product are of one size.
 """
 
 from __future__ import annotations

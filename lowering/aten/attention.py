@@ -21,6 +21,9 @@ from .bags import Bags, as_table
 SCORE_BUDGET = 2**22
 """Elements of one chunk of scores in the forward: 16 MiB in float32."""
 
+DENSE_SHARE = 8
+"""From one kept key in so many on, a dense product with V takes less time than a gather."""
+
 KEPT_BUDGET = 2**20
 """Kept entries that the backward works on at a time; it holds some ten temporaries of that many elements."""
 
@@ -67,10 +70,31 @@ def attention_forward(
             keep = dropout_keep[:, :, rows]
             summed = chunk_weights * dropout_factor(keep, dropout_p, dtype)
             chunk_weights = torch.where(keep, chunk_weights, -chunk_weights)
-        bags = Bags.of(chunk_indices, value.size(1), key_count)
-        output[:, :, rows] = bags.weighted_sum(values, summed).view(output[:, :, rows].shape).to(value.dtype)
+        result = _weigh(summed, chunk_indices, values, value, visible)
+        output[:, :, rows] = result.view(output[:, :, rows].shape).to(value.dtype)
         indices[:, :, rows], weights[:, :, rows] = chunk_indices, chunk_weights
     return output, indices, weights
+
+
+def _weigh(weights: Tensor, indices: Tensor, table: Tensor, value: Tensor, visible: int) -> Tensor:
+    """The sum of the kept values by their weights: gathered, or where many keys are kept as a dense product.
+
+    In a dense product a key that is not kept has weight 0, which must not meet inf or NaN. So these count as 0 there,
+    and the rows that do keep such a key are gathered after all.
+    """
+    if weights.size(-1) * DENSE_SHARE < visible:
+        return Bags.of(indices, value.size(1), value.size(2)).weighted_sum(table, weights)
+    batch, heads, chunk, _ = weights.shape
+    dense = weights.new_zeros(batch, heads, chunk, visible)
+    dense.scatter_add_(-1, indices.clamp(min=0).long(), torch.where(indices < 0, 0, weights))
+    values = table[:-1].view(value.shape)[:, :, :visible]
+    is_odd = ~values.isfinite().all(-1, keepdim=True)
+    if not is_odd.any():
+        return _products(dense, values)
+    result = _products(dense, values.masked_fill(is_odd, 0))
+    keeps_odd = _products((dense != 0).to(dense.dtype), is_odd.to(dense.dtype)) > 0
+    gathered = Bags.of(indices, value.size(1), value.size(2)).weighted_sum(table, weights)
+    return torch.where(keeps_odd, gathered.view(result.shape), result)
 
 
 def dropout_factor(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
@@ -79,7 +103,10 @@ def dropout_factor(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
-    """Q K^T [B, Hq, C, Lk] from query [B, Hq, C, D] and keys [B, Hk, D, Lk]; K is not repeated for grouped heads."""
+    """Q K^T [B, Hq, C, Lk] from query [B, Hq, C, D] and keys [B, Hk, D, Lk]; K is not repeated for grouped heads.
+
+    As well the product of dense weights [B, Hq, C, Lk] and values [B, Hv, Lk, Dv].
+    """
     batch, heads, chunk, size = query.shape
     grouped = query.reshape(batch, keys.size(1), heads // keys.size(1) * chunk, size)
     return torch.matmul(grouped, keys).view(batch, heads, chunk, keys.size(-1))

@@ -212,6 +212,22 @@ def test_rewritten_program_is_compiled_by_torch_compile() -> None:
     assert_same(values_and_gradients(compiled, (q, k)), expected)
 
 
+def test_inputs_named_as_builtins_keep_their_names() -> None:
+    """torch.export takes such names, and a copied graph would rename them."""
+
+    class Attention(nn.Module):
+        def forward(self, input: Tensor, min: Tensor, type: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(input, min, type)
+
+    q, k = drawn(2, 7, 4), drawn(2, 9, 4)
+    named = {"input": q, "min": k, "type": k}
+    program, report = topk_fx.rewrite(torch.export.export(Attention(), (), named), k=K)
+    assert len(report.rewritten) == 1
+    expected = topk_fx.reference.attention(q, k, k, k=K)
+    for step in STEPS.values():
+        assert_same(step(program).module()(**named), expected)
+
+
 def test_program_without_attention_is_left_as_it_is() -> None:
     original = torch.export.export(nn.Linear(4, 4), (drawn(2, 4),))
     program, report = topk_fx.rewrite(original, k=K)
