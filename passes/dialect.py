@@ -66,6 +66,9 @@ class Kind(enum.Enum):
     ADDCMUL = "term plus scaled product of tensors"
     LOGSUMEXP = "log of the sum of exp over dimensions"
     FILLED_LIKE = "a number in the shape of a tensor"
+    CAT = "concatenation"
+    SLICE = "part of an axis"
+    NARROW = "part of an axis of a given length"
     OPAQUE = "attention inside one call"
 
 
@@ -96,8 +99,8 @@ _FUNCTIONS: dict[Any, _Row] = {}
 _METHODS: dict[str, _Row] = {}
 _SAME_NAMES = {
     "self": "input", "tensor": "input", "x": "input", "axis": "dim", "mat2": "other", "tensor2": "other",
-    "min_val": "min", "max_val": "max", "attn_bias": "attn_mask", "train": "training", "batch1": "left",
-    "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim",
+    "min_val": "min", "max_val": "max", "tensors": "input", "attn_bias": "attn_mask", "train": "training",
+    "batch1": "left", "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim",
 }  # fmt: skip
 _IGNORED = {"_stacklevel", "memory_format", "non_blocking", "copy", "layout", "device", "pin_memory", "implicit"}
 
@@ -181,6 +184,9 @@ _row(Kind.MATRIX_TRANSPOSE, "input", aten.mT)
 _row(Kind.UNSQUEEZE, "input dim", "unsqueeze", torch.unsqueeze, aten.unsqueeze)
 _row(Kind.SQUEEZE, "input dim", "squeeze", torch.squeeze, aten.squeeze)
 _row(Kind.GETITEM, "input index", operator.getitem)
+_row(Kind.CAT, "input dim", torch.cat, torch.concat, torch.concatenate, aten.cat, aten.concat)
+_row(Kind.SLICE, "input dim start end step", aten.slice)
+_row(Kind.NARROW, "input dim start length", torch.narrow, "narrow", aten.narrow)
 _row(Kind.REPEAT_INTERLEAVE, "input repeats dim", torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave)
 _row(Kind.ADDCMUL, "input tensor1 tensor2 value", torch.addcmul, "addcmul", aten.addcmul)
 _row(Kind.LOGSUMEXP, "input dim keepdim", torch.logsumexp, "logsumexp", aten.logsumexp, torch.special.logsumexp)
@@ -247,8 +253,14 @@ def read(node: Any) -> Call | None:
     return Call(row.kind, node, arguments, row.in_place or arguments.get("inplace") is True)
 
 
+def changes_mode(node: fx.Node) -> bool:
+    """Whether a node changes grad mode, autocast or inference mode."""
+    row = _find_row(node)
+    return row is not None and row.kind == Kind.MODE
+
+
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-_SCALAR_FIRST = (Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.WHERE, Kind.MODE, Kind.OPAQUE)
+_SCALAR_FIRST = (Kind.CAT, Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.WHERE, Kind.MODE, Kind.OPAQUE)
 
 
 def _find_row(node: fx.Node) -> _Row | None:

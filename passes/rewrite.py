@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,14 +13,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.config import Keep, as_ratio, kept_count
 from topk_fx.reference import compute
-from topk_fx.score import Operand, Score, Step
+from topk_fx.score.language import SCORES, Binding, Call, Expression, Name, Operand, Score, Statement, Step
 
 from .dialect import Kind, read
 from .emit import EmitError, Emitter
 from .layout import Layout
 from .mutation import mutated_arguments
-from .sites import AttentionSite, Factor, FFNSite, LinearLayer, Term
-from .values import dtype_of, is_scalar, shape_of, value_of
+from .sites import AttentionSite, Factor, FFNSite, LinearLayer, ScoreStep, Term
+from .values import dtype_of, is_scalar, rank_of, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
     key = emit.transpose_last(key)
     value = _to_softmax(emit, _arrange(emit, site.value), weights.inverse(score.axes), weights.axes, score)
     value = emit.transpose_last(value)
-    text, operands = _emit_score(emit, site, query)
+    text, operands = _ScoreText(emit, site, query).write()
     scale = site.scale
     if scale is None:  # SDPA's default, where tracing did not record the head size
         scale = emit.call(operator.pow, emit.call(aten.sym_size.int, query, -1), -0.5)
@@ -102,14 +103,22 @@ def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
 
 def _arrange(emit: Emitter, factor: Factor) -> fx.Node:
     """A factor with its axes in the order in which its product has them."""
-    x = factor.node
-    if factor.order is not None:
-        x = emit.permute(x, [axis for axis in factor.order if axis is not None])
-        for position, axis in enumerate(factor.order):
-            if axis is None:
-                x = emit.call(aten.unsqueeze.default, x, position)
-        emit.tell_rank(x, len(factor.order))
+    x = factor.node if factor.order is None else _reorder(emit, factor.node, factor.order)
     return emit.transpose_last(x) if factor.transposed else x
+
+
+def _reorder(emit: Emitter, x: fx.Node, order: Sequence[int | None]) -> fx.Node:
+    """x with axis order[n] at n, or where that is None a new axis of size 1; axes of size 1 may be left out."""
+    kept = [axis for axis in order if axis is not None]
+    rank = rank_of(x)
+    dropped = [] if rank is None else [axis for axis in range(rank) if axis not in kept]
+    for axis in reversed(dropped):
+        x = emit.call(aten.squeeze.dim, x, axis)
+    x = emit.permute(x, [axis - sum(d < axis for d in dropped) for axis in kept])
+    for position, axis in enumerate(order):
+        if axis is None:
+            x = emit.call(aten.unsqueeze.default, x, position)
+    return emit.tell_rank(x, len(order))
 
 
 def _to_softmax(emit: Emitter, x: fx.Node, layout: Layout, axes: tuple[int, int], end: Layout | None = None) -> fx.Node:
@@ -143,48 +152,132 @@ def _last_order(layout: Layout) -> list[int] | None:
     return None if order == sorted(order) else order
 
 
-def _emit_score(emit: Emitter, site: AttentionSite, query: fx.Node) -> tuple[str, list[fx.Node]]:
-    """The score function as text, and the operands that it names."""
-    operands: list[fx.Node] = []
-    steps = []
-    for step in site.steps:
-        arguments: list[float | Operand] = []
-        for argument in step.arguments:
-            if not isinstance(argument, Term):
-                arguments.append(argument)
-                continue
-            node = _emit_term(emit, site, argument, query)
-            if node not in operands:
-                operands.append(node)
-            arguments.append(Operand(operands.index(node)))
-        steps.append(Step(step.name, tuple(arguments)))
-    return str(Score(tuple(steps))), operands
+class _ScoreText:
+    """Writes a site's score function as text, and the operands that it names as nodes."""
+
+    def __init__(self, emit: Emitter, site: AttentionSite, query: fx.Node) -> None:
+        self.emit, self.site, self.query = emit, site, query
+        self.operands: list[fx.Node] = []
+        self.statements: list[Statement] = []
+
+    def write(self) -> tuple[str, list[fx.Node]]:
+        for step in self.site.steps:
+            self._write_step(step, self._place_of_score)
+        if self.site.sink is not None:
+            self.statements.append(Step("sink", (self._operand(self.site.sink, self._place_of_score),)))
+        if self.site.weight_steps:
+            self.statements.append(Step("softmax"))
+        for step in self.site.weight_steps:
+            self._write_step(step, self._place_of_weight)
+        return str(Score(tuple(self.statements))), self.operands
+
+    def _write_step(self, step: ScoreStep, place: Place) -> None:
+        """A step, and before it a binding for each expression without scores that stands in it more than once."""
+        arguments = [self._lower(argument, place) for argument in step.arguments]
+        names: dict[str, Name] = {}
+        for text, expression in _repeated(arguments).items():
+            bound = Binding(self._bindings(), _substitute(expression, names, keep_whole=True))
+            names[text] = Name(f"%{bound.index}")
+            self.statements.append(bound)
+        self.statements.append(Step(step.name, tuple(_substitute(x, names) for x in arguments)))
+
+    def _bindings(self) -> int:
+        return sum(isinstance(statement, Binding) for statement in self.statements)
+
+    def _lower(self, argument: Expression, place: Place) -> Expression:
+        if isinstance(argument, Term):
+            return self._operand(argument, place)
+        if isinstance(argument, Call):
+            return Call(argument.name, tuple(self._lower(x, place) for x in argument.arguments))
+        return argument
+
+    def _operand(self, term: Term, place: Place) -> Operand:
+        node = place(_emit_term(self.emit, term, self.query), term)
+        if node not in self.operands:
+            self.operands.append(node)
+        return Operand(self.operands.index(node))
+
+    def _place_of_score(self, node: fx.Node, term: Term) -> fx.Node:
+        """A term of the scores, its axes i and j put last."""
+        layout = self.site.score_layout
+        if term.stage == len(layout.moves) and _last_order(layout) is None:
+            return node
+        start = Layout((), self.site.start_axes, _start_rank(layout))
+        for move in layout.moves[: term.stage]:
+            start = start.then(move)
+        remaining = Layout(layout.moves[term.stage :], start.axes, start.rank)
+        node = self.emit.pad(node, start.rank or 2)
+        return _to_softmax(self.emit, node, remaining, start.axes, layout)
+
+    def _place_of_weight(self, node: fx.Node, term: Term) -> fx.Node:
+        """A term of the probabilities, brought back to the softmax, its axes i and j put last."""
+        score, weights = self.site.score_layout, self.site.weight_layout
+        passed = Layout((), score.axes, score.rank)
+        for move in weights.moves[: term.stage]:
+            passed = passed.then(move)
+        if not passed.moves and _last_order(score) is None:
+            return node
+        node = self.emit.pad(node, passed.rank or 2)
+        return _to_softmax(self.emit, node, passed.inverse(score.axes), passed.axes, score)
 
 
-def _emit_term(emit: Emitter, site: AttentionSite, term: Term, query: fx.Node) -> fx.Node:
+Place = Callable[[fx.Node, Term], fx.Node]
+_LONG = 16
+"""Characters from which on an expression that occurs twice is given a name."""
+
+
+def _repeated(expressions: Sequence[Expression]) -> dict[str, Call]:
+    """The longer calls that do not read the scores and occur more than once, by text, inner ones first."""
+    counts: Counter[str] = Counter()
+    calls: dict[str, Call] = {}
+
+    def visit(x: Expression) -> bool:
+        """Counts the calls in x; whether it reads the scores."""
+        if not isinstance(x, Call):
+            return x == SCORES
+        text = str(x)
+        counts[text] += 1
+        if counts[text] > 1:
+            return text not in calls
+        found = [visit(argument) for argument in x.arguments]  # all of them, to count
+        reads_scores = any(found)
+        if not reads_scores:
+            calls[text] = x
+        return reads_scores
+
+    for expression in expressions:
+        visit(expression)
+    return {text: call for text, call in calls.items() if counts[text] > 1 and len(text) >= _LONG}
+
+
+def _substitute(x: Expression, names: Mapping[str, Name], keep_whole: bool = False) -> Expression:
+    """x with names for the expressions that have one, but not for all of x if `keep_whole`."""
+    if not isinstance(x, Call):
+        return x
+    if not keep_whole and str(x) in names:
+        return names[str(x)]
+    return Call(x.name, tuple(_substitute(argument, names) for argument in x.arguments))
+
+
+def _emit_term(emit: Emitter, term: Term, query: fx.Node) -> fx.Node:
+    """A term as a tensor, with its axes in their order."""
     node = term.node
+    value, recorded = value_of(query), value_of(node)
+    dtype = torch.float32 if value is None else compute(value).dtype
     if is_scalar(node):
-        value = value_of(query)
-        where = {"dtype": compute(value).dtype, "device": value.device} if value is not None else {}
+        own = torch.int64 if isinstance(recorded, torch.SymInt) else dtype
+        where = {"dtype": own, "device": value.device} if value is not None else {}
         node = emit.call(aten.scalar_tensor.default, node, **where)
+    if term.order is not None:
+        node = _reorder(emit, node, term.order)
     if term.negated or term.multiplier != 1:
-        value = value_of(query)
-        dtype = torch.float32 if value is None else compute(value).dtype
         if dtype_of(node) != dtype:  # a narrower one could overflow, or wrap around
             node = emit.call(aten.to.dtype, node, dtype)
         factor = term.multiplier
         if term.negated:
             factor = emit.call(operator.neg, factor) if isinstance(factor, fx.Node) else -factor
         node = emit.call(aten.mul.Scalar, node, factor)
-    layout = site.score_layout
-    if term.stage == len(layout.moves) and _last_order(layout) is None:
-        return node
-    start = Layout((), site.start_axes, _start_rank(layout))
-    for move in layout.moves[: term.stage]:
-        start = start.then(move)
-    remaining = Layout(layout.moves[term.stage :], start.axes, start.rank)
-    node = emit.pad(node, start.rank or 2)
-    return _to_softmax(emit, node, remaining, start.axes, layout)
+    return node
 
 
 def _start_rank(layout: Layout) -> int | None:

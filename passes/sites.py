@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
+
+from topk_fx.score.language import Call, Expression
 
 from .layout import Layout
 
@@ -38,20 +41,38 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A tensor that a score step reads. `stage`: how many moves of the scores precede the step."""
+    """A tensor, or a number known only at run time, that a score step reads.
+
+    `stage`: how many moves of the scores precede the step. `order`: which axis of the tensor stands in the place of
+    each axis of the scores (None: a new axis of size 1); by default it broadcasts as it is.
+    """
 
     node: fx.Node
     stage: int
     negated: bool = False
     multiplier: Any = 1
+    order: tuple[int | None, ...] | None = None
+
+
+def terms_of(argument: Any) -> Iterator[Term]:
+    """The terms in an argument of a step, however deep in an expression."""
+    if isinstance(argument, Term):
+        yield argument
+    elif isinstance(argument, Call):
+        for inner in argument.arguments:
+            yield from terms_of(inner)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreStep:
-    """A step of the score language with nodes for operands; a scalar node is a number known only at run time."""
+    """A step of the score language whose expressions have terms for operands."""
 
     name: str
-    arguments: tuple[float | Term, ...] = ()
+    arguments: tuple[Expression, ...] = ()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        return tuple(term for argument in self.arguments for term in terms_of(argument))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +83,8 @@ class AttentionSite:
     product with V. The factors stand in the axes of their product: the query has D in the place of the key axis, the
     key D in that of the query axis, the value Dv in that of the query axis. `sizes` are nodes that read a symbolic size
     off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes after it are None where
-    tracing recorded none. A scale of None is SDPA's default.
+    tracing recorded none. A scale of None is SDPA's default. `steps` and `sink` are on the way to the softmax and the
+    stage of their terms counts the moves of `score_layout`; `weight_steps` come after it, on `weight_layout`.
     """
 
     anchor: fx.Node
@@ -77,6 +99,8 @@ class AttentionSite:
     scale: float | fx.Node | None
     scale_divides: bool
     steps: tuple[ScoreStep, ...]
+    sink: Term | None
+    weight_steps: tuple[ScoreStep, ...]
     dropout_p: float | fx.Node
     dropout_module: fx.Node | None
     zero_empty_rows: bool

@@ -88,6 +88,12 @@ def _exp_over_sum(div: Call) -> Softmax | None:
 
 def row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:
     """The nodes that compute the maximum of x over dim, kept as a dimension, if `maximum` is that."""
+    found = maximum_over(x, maximum)
+    return found[1] if found is not None and found[0] == dim else None
+
+
+def maximum_over(x: Any, maximum: Any) -> tuple[Any, list[fx.Node]] | None:
+    """Over which dimension `maximum` is the maximum of x, kept as a dimension, and the nodes that compute it."""
     nodes: list[fx.Node] = []
     call = read(maximum)
     if isinstance(maximum, fx.Node) and maximum.target in ("detach", torch.ops.aten.detach.default):
@@ -102,9 +108,7 @@ def row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:
         call = read(call["input"])
     if call is None or call.kind not in (Kind.AMAX, Kind.MAX) or call["input"] is not x or not call.get("keepdim"):
         return None
-    if _one_dim(call.get("dim")) != dim:
-        return None
-    return [*nodes, call.node]
+    return _one_dim(call.get("dim")), [*nodes, call.node]
 
 
 def _one_dim(dim: Any) -> int | None:

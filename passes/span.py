@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import fx
 
-from .dialect import Kind, read
+from .dialect import changes_mode
 from .mutation import mutated_arguments, storage_roots
 from .sites import Refuse
 from .where import describe
 
+Order = Mapping[fx.Node, int]
+
 
 def check_span(
-    what: str,
-    inputs: set[fx.Node],
-    interior: Iterable[fx.Node],
-    start: int,
-    output: fx.Node,
-    order: Mapping[fx.Node, int],
+    what: str, inputs: set[fx.Node], interior: Collection[fx.Node], start: int, output: fx.Node, order: Order
 ) -> None:
     """Refuse if, from position `start` to `output`, grad mode or autocast changes or an input may be written to.
 
     The op stands where `output` stood. `interior` are the nodes that it replaces, which may write to each other.
     """
-    inside = set(interior)
+    change = find_mode_change(start, output, order)
+    if change is not None:
+        raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {change.name}, inside the {what}")
+    writer = find_writer(inputs, interior, start, output, order)
+    if writer is not None:
+        raise Refuse("inputs_written_between", f"{describe(writer)} writes to an input of the {what} inside it")
+
+
+def find_mode_change(start: int, end: fx.Node, order: Order) -> fx.Node | None:
+    """The first change of grad mode or autocast from position `start` to a node."""
+    for node in _between(start, end, order):
+        if changes_mode(node):
+            return node
+    return None
+
+
+def find_writer(
+    inputs: Collection[fx.Node], inside: Collection[fx.Node], start: int, end: fx.Node, order: Order
+) -> fx.Node | None:
+    """The first node from position `start` to a node, not one of `inside`, that may write to an input."""
     roots: set[fx.Node] | None = None
-    for node in output.graph.nodes:
-        if not start <= order[node] < order[output] or node in inside:
-            continue
-        call = read(node)
-        if call is not None and call.kind == Kind.MODE:
-            raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {node.name}, inside the {what}")
-        written = mutated_arguments(node)
+    for node in _between(start, end, order):
+        written = [] if node in inside else mutated_arguments(node)
         if not written:
             continue
         if roots is None:
             roots = set().union(*map(storage_roots, inputs))
         if any(_may_share(storage_roots(x), roots) for x in written):
-            raise Refuse("inputs_written_between", f"{describe(node)} writes to an input of the {what} inside it")
+            return node
+    return None
+
+
+def _between(start: int, end: fx.Node, order: Order) -> Iterator[fx.Node]:
+    """The nodes from position `start` up to a node, which is not one of them."""
+    node = end.prev
+    found = []
+    while node.op != "root" and order[node] >= start:
+        found.append(node)
+        node = node.prev
+    return reversed(found)
 
 
 def _may_share(written: set[fx.Node], read_from: set[fx.Node]) -> bool:

@@ -430,6 +430,84 @@ def clamped_from_below(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.clamp(q @ k.transpose(-2, -1), min=-0.5).softmax(-1) @ v
 
 
+@spelling(symbolic="shape_unknown")
+def clamped_to_a_tensor(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.clamp(q @ k.transpose(-2, -1), min=bias).softmax(-1) @ v
+
+
+@spelling(symbolic="shape_unknown")
+def activated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1)).sigmoid() * 4).softmax(-1) @ v
+
+
+@spelling(symbolic="shape_unknown")
+def gated_by_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    return (scores * scores.sigmoid()).softmax(-1) @ v
+
+
+@spelling(symbolic="shape_unknown")
+def doubled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    return (scores + scores).softmax(-1) @ v
+
+
+@spelling(symbolic="shape_unknown")
+def leaky_below_zero(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) + bias
+    return torch.where(scores > 0, scores, 0.1 * scores).softmax(-1) @ v
+
+
+@spelling(symbolic="shape_unknown")
+def decayed_by_learned_distance(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    """DA-Transformer."""
+    distance = (torch.arange(LQ)[:, None] - torch.arange(LK)).abs()
+    decay = 2 / (1 + torch.exp(slopes * distance))
+    return (F.relu(q @ k.transpose(-2, -1)) * decay * SCALE).softmax(-1) @ v
+
+
+def with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, additive: Tensor | None = None) -> Tensor:
+    """A sink as what it does to the probabilities of the keys, whose softmax knows no sink."""
+    scores = q @ k.transpose(-2, -1) + (0 if additive is None else additive)
+    weights = scores.softmax(-1)
+    logs = torch.where(weights > 0, weights, 1).log()
+    total = (scores - logs).masked_fill(weights == 0, -INF).amax(-1, keepdim=True)
+    return weights * torch.sigmoid(total - sink.view(1, H, 1, 1)) @ v
+
+
+@spelling(symbolic="scores_concatenated", dense=with_sink)
+def sink_concatenated(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    """gpt-oss: a column that is no key, cut off after the softmax."""
+    logits = torch.cat([q @ k.transpose(-2, -1), sink.view(1, H, 1, 1).expand(B, H, LQ, 1)], dim=-1)
+    logits = logits - logits.max(-1, keepdim=True).values
+    return logits.softmax(-1)[..., :-1] @ v
+
+
+@spelling(symbolic="scores_concatenated", dense=with_sink)
+def sink_in_front(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, additive: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) + additive
+    logits = torch.cat([sink.view(1, H, 1, 1).expand(B, H, LQ, 1), scores], dim=-1)
+    return F.dropout(logits.softmax(-1), 0.0).narrow(-1, 1, LK) @ v
+
+
+@spelling()
+def weights_scaled_by_head(q: Tensor, k: Tensor, v: Tensor, scale_heads: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1)).softmax(-1) * scale_heads) @ v
+
+
+@spelling()
+def weights_filled_after(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """XSoftmax of DeBERTa."""
+    scores = (q @ k.transpose(-2, -1)).masked_fill(~keep, torch.finfo(torch.float32).min)
+    return scores.softmax(-1).masked_fill(~keep, 0.0) @ v
+
+
+@spelling()
+def weights_without_nan(q: Tensor, k: Tensor, v: Tensor, keep_some_rows: Tensor) -> Tensor:
+    scores = (q @ k.transpose(-2, -1)).masked_fill(~keep_some_rows, -INF)
+    return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
 @spelling()
 def hard_tanh_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.hardtanh(q @ k.transpose(-2, -1)).softmax(-1) @ v

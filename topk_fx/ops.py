@@ -65,7 +65,8 @@ def _attention(
     dropout_p: float = 0.0,
     zero_empty_rows: bool = False,
 ) -> Tensor:
-    check_operands(Score.parse(score), operands)
+    function = Score.parse(score)
+    check_operands(function, operands)
     if query.dim() == 1 or value.dim() == 1:  # a vector in a product: matmul adds its axis and takes it away again
         output = _attention(
             torch.atleast_2d(query),
@@ -80,7 +81,7 @@ def _attention(
         )
         output = output.squeeze(-1) if value.dim() == 1 else output
         return output.squeeze(-2 if value.dim() > 1 else -1) if query.dim() == 1 else output
-    frame = attention_frame(query, key, value, operands)
+    frame = attention_frame(query, key, value, operands, function.tables)
     keep = None
     if dropout_p > 0.0:
         kept = torch.sym_min(k, frame.key.size(-2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,8 +28,12 @@ class AttentionFrame:
     output_shape: tuple[int, ...]
 
 
-def attention_frame(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor]) -> AttentionFrame:
+def attention_frame(
+    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], tables: Collection[int] = ()
+) -> AttentionFrame:
     """Fits query [..., Lq, D], key [..., Lk, D], value [..., Lk, Dv] and operands together.
+
+    `tables` are the operands whose last axis is not that of the keys: [..., H|1, 1, N].
 
     Raises:
         ShapeError: ranks, head sizes, key counts, heads or batch sizes that do not fit.
@@ -47,7 +51,9 @@ def attention_frame(query: Tensor, key: Tensor, value: Tensor, operands: Sequenc
                 "those of query (grouped-query attention) or be equal"
             )
     batch = broadcast("batch sizes", *(x.shape[:-3] for x in (query, key, value, *rest)))
-    (key_count,) = broadcast("key counts", key.shape[-2:-1], *(x.shape[-1:] for x in rest))
+    (key_count,) = broadcast(
+        "key counts", key.shape[-2:-1], *(x.shape[-1:] for n, x in enumerate(rest) if n not in tables)
+    )
     if value.size(-2) != key_count:
         raise ShapeError(f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths differ")
     query_shape = broadcast(

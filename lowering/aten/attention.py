@@ -8,15 +8,17 @@ Source: Gupta et al. 2021, arXiv:2106.06899, whose backward multiplies dense mat
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from topk_fx.reference import compute
-from topk_fx.score import Operand, Score, apply, apply_step, differentiate_step
+from topk_fx.score import Program, Score, differentiate, evaluate
 
 from .bags import Bags, as_table
+from .positions import ChunkPositions, KeptPositions
 
 SCORE_BUDGET = 2**22
 """Elements of one chunk of scores in the forward: 16 MiB in float32."""
@@ -47,7 +49,7 @@ def attention_forward(
     """
     batch, heads, queries, _ = query.shape
     key_count, kept = key.size(-2), min(k, key.size(-2))
-    program = Score.parse(score)
+    function = Score.parse(score)
     dtype = compute(query).dtype
     output = value.new_empty(batch, heads, queries, value.size(-1))
     indices = torch.empty(batch, heads, queries, kept, dtype=torch.int32, device=query.device)
@@ -59,16 +61,19 @@ def attention_forward(
     for start in range(0, queries, chunk_size):
         rows = slice(start, min(start + chunk_size, queries))
         # A causal chunk sees no key beyond its last row. Dropout counts slots, whose order must not hang on chunks.
-        is_narrowed = program.ends_causal and dropout_keep is None
+        is_narrowed = function.is_causal and dropout_keep is None
         visible = min(max(rows.stop, kept), key_count) if is_narrowed else key_count
         scores = _products(compute(query[:, :, rows]), keys[..., :visible]).mul_(scale)
-        scores = _apply_score(program, scores, operands, rows)
+        scores = evaluate(function.before, scores, ChunkPositions(operands, rows, visible, query.device))
         top, chunk_indices = select(scores, kept)
-        chunk_weights, chunk_indices = _softmax(top, chunk_indices, zero_empty_rows)
+        sink = None if function.sink is None else _rows_of(operands[function.sink.index], rows).to(dtype)
+        chunk_weights, chunk_indices = _softmax(top, chunk_indices, zero_empty_rows, sink)
         summed = chunk_weights
+        if function.after:
+            summed = _after(function.after, chunk_weights, operands, rows, chunk_indices)
         if dropout_keep is not None:
             keep = dropout_keep[:, :, rows]
-            summed = chunk_weights * dropout_factor(keep, dropout_p, dtype)
+            summed = summed * dropout_factor(keep, dropout_p, dtype)
             chunk_weights = torch.where(keep, chunk_weights, -chunk_weights)
         result = _weigh(summed, chunk_indices, values, value, visible)
         output[:, :, rows] = result.view(output[:, :, rows].shape).to(value.dtype)
@@ -85,8 +90,9 @@ def _weigh(weights: Tensor, indices: Tensor, table: Tensor, value: Tensor, visib
     if weights.size(-1) * DENSE_SHARE < visible:
         return Bags.of(indices, value.size(1), value.size(2)).weighted_sum(table, weights)
     batch, heads, chunk, _ = weights.shape
-    dense = weights.new_zeros(batch, heads, chunk, visible)
-    dense.scatter_add_(-1, indices.clamp(min=0).long(), torch.where(indices < 0, 0, weights))
+    dense = weights.masked_fill(indices < 0, 0)
+    if dense.size(-1) < visible:  # else every key is kept, in the order of the keys
+        dense = weights.new_zeros(batch, heads, chunk, visible).scatter_add_(-1, indices.clamp(min=0).long(), dense)
     values = table[:-1].view(value.shape)[:, :, :visible]
     is_odd = ~values.isfinite().all(-1, keepdim=True)
     if not is_odd.any():
@@ -112,18 +118,15 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     return torch.matmul(grouped, keys).view(batch, heads, chunk, keys.size(-1))
 
 
-def _apply_score(program: Score, scores: Tensor, operands: Sequence[Tensor], rows: slice) -> Tensor:
-    def read(operand: Operand) -> Tensor:
-        x = operands[operand.index]
-        x = x[:, :, rows] if x.size(-2) > 1 else x
-        return x[..., : scores.size(-1)] if x.size(-1) > 1 else x
+def _rows_of(operand: Tensor, rows: slice) -> Tensor:
+    return operand[:, :, rows] if operand.size(-2) > 1 else operand
 
-    def is_future() -> Tensor:
-        i = torch.arange(rows.start, rows.stop, device=scores.device)
-        j = torch.arange(scores.size(-1), device=scores.device)
-        return j > i.unsqueeze(-1)
 
-    return apply(program, scores, read, is_future)
+def _after(program: Program, weights: Tensor, operands: Sequence[Tensor], rows: slice, indices: Tensor) -> Tensor:
+    """What becomes of the probabilities of the kept keys; a slot without a key stays 0."""
+    is_empty = indices < 0
+    positions = KeptPositions(operands, rows, indices.clamp(min=0).long())
+    return evaluate(program, weights, positions).masked_fill(is_empty, 0)
 
 
 def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -150,13 +153,21 @@ def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return top, indices
 
 
-def _softmax(top: Tensor, indices: Tensor, zero_empty_rows: bool) -> tuple[Tensor, Tensor]:
-    """Weights over the kept scores and int32 indices; masked slots get weight 0 and index -1."""
-    weights = top.softmax(-1)
+def _softmax(top: Tensor, indices: Tensor, zero_empty_rows: bool, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights over the kept scores and int32 indices; masked slots get weight 0 and index -1.
+
+    A sink [B|1, Hq|1, Lq|1, 1] is one score more in the denominator.
+    """
+    if sink is None:
+        weights = top.softmax(-1)
+    else:
+        weights = torch.cat([top, sink.expand(*top.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
     is_masked = top == -torch.inf
     indices = indices.to(torch.int32)
     if not is_masked.any():
         return weights, indices
+    if sink is not None:  # no row is empty: the sink is always there
+        return weights, indices.masked_fill(is_masked, -1)
     is_empty = is_masked.all(-1, keepdim=True)
     if zero_empty_rows:
         return weights.masked_fill(is_empty, 0), indices.masked_fill(is_masked, -1)
@@ -193,7 +204,7 @@ def attention_backward(
             *(x.zero_() for x in grads),
             *(x.to(y.dtype) for x, y in zip(sums, operands, strict=True) if x is not None),
         ]
-    program = Score.parse(score)
+    function = Score.parse(score)
     for batch, heads in _head_groups(key.size(1), value.size(1), weights):
 
         def part(x: Tensor, batch: slice = batch, heads: slice = heads) -> Tensor:
@@ -206,7 +217,7 @@ def attention_backward(
             part(value),
             part(indices),
             part(weights),
-            program,
+            function,
             [part(x) for x in operands],
             [None if x is None else part(x) for x in sums],
             scale,
@@ -246,7 +257,7 @@ def _backward_part(
     value: Tensor,
     indices: Tensor,
     weights: Tensor,
-    program: Score,
+    function: Score,
     operands: Sequence[Tensor],
     sums: Sequence[Tensor | None],
     scale: float,
@@ -260,68 +271,64 @@ def _backward_part(
     grad_rows = grad.to(dtype).reshape(rows, grad.size(-1))
     query_rows = query.to(dtype).reshape(rows, query.size(-1))
 
-    grad_weights = value_bags.dot_products(grad_rows, as_table(value, dtype))
-    probabilities = weights.reshape(rows, kept)
+    grad_weights = value_bags.dot_products(grad_rows, as_table(value, dtype)).view(weights.shape)
+    operand_grads = OperandGrads(sums, KeptPositions(operands, slice(0, query.size(2)), indices.clamp(min=0).long()))
+    probabilities = weights.abs()
     summed = probabilities
+    if function.after:
+        summed = _after(function.after, probabilities, operands, operand_grads.positions.rows, indices)
     if dropout_p > 0:
-        factor = dropout_factor(~probabilities.signbit(), dropout_p, dtype)
-        probabilities = probabilities.abs()
-        summed, grad_weights = probabilities * factor, grad_weights * factor
+        factor = dropout_factor(~weights.signbit(), dropout_p, dtype)
+        summed, grad_weights = summed * factor, grad_weights * factor
     grad_value = value_bags.scatter_rows(grad_rows, summed)
-    grad_scores = probabilities * (grad_weights - (probabilities * grad_weights).sum(-1, keepdim=True))
-    del grad_weights, summed, probabilities, grad_rows
+    grad_weights = operand_grads.differentiate(function.after, probabilities, grad_weights, indices)
+    expected = (probabilities * grad_weights).sum(-1, keepdim=True)
+    grad_scores = probabilities * (grad_weights - expected)
+    if function.sink is not None:
+        share = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
+        operand_grads.add(function.sink.index, -share * expected, torch.zeros_like(share, dtype=torch.int64))
+    del grad_weights, summed, probabilities, expected, grad_rows
 
     keys = as_table(key, dtype)
     before = None
-    if program.needs_scores_in_backward:
+    if function.before.needs_scores_in_backward:
         before = key_bags.dot_products(query_rows, keys).mul_(scale).view(weights.shape)
-    grad_products = _differentiate_score(program, grad_scores.view(weights.shape), before, operands, sums, indices)
+    grad_products = operand_grads.differentiate(function.before, before, grad_scores, indices)
     grad_products = grad_products.reshape(rows, kept) * scale
     grad_query = key_bags.weighted_sum(keys, grad_products)
     grad_key = key_bags.scatter_rows(query_rows, grad_products)
     return grad_query.view(query.shape), grad_key.view(key.shape), grad_value.view(value.shape)
 
 
-def _differentiate_score(
-    program: Score,
-    grad: Tensor,
-    before: Tensor | None,
-    operands: Sequence[Tensor],
-    sums: Sequence[Tensor | None],
-    indices: Tensor,
-) -> Tensor:
-    """The gradient of the products from that of the kept scores [B, Hq, Lq, kept]; those of operands go to `sums`."""
-    if not program.steps:
+@dataclasses.dataclass(frozen=True)
+class OperandGrads:
+    """Sums of the gradients of the operands, None where none is wanted, and the positions at which they arise."""
+
+    sums: Sequence[Tensor | None]
+    positions: KeptPositions
+
+    def differentiate(self, program: Program, scores: Tensor | None, grad: Tensor, indices: Tensor) -> Tensor:
+        """The gradient [B, Hq, Lq, kept] before a program's steps, from that after them; adds those of operands."""
+        if not program:
+            return grad
+        wanted = [index for index, total in enumerate(self.sums) if total is not None]
+        grad, found = differentiate(program, scores, grad, self.positions, wanted)
+        for operand in found:
+            # A slot with no key has a gradient of 0, or of NaN where the whole row has: then it is no key's.
+            at_keys = torch.where(indices >= 0, operand.grad, 0)
+            entries = self.positions.indices if operand.entries is None else operand.entries
+            self.add(operand.index, at_keys, entries.expand(at_keys.shape))
         return grad
-    positions = indices.clamp(min=0).long()
-    is_kept = indices >= 0
 
-    def read(operand: Operand) -> Tensor:
-        x = operands[operand.index]
-        if x.size(-1) == 1:
-            return x
-        return x.expand(*grad.shape[:-1], x.size(-1)).gather(-1, positions)
-
-    def is_future() -> Tensor:
-        return positions > torch.arange(grad.size(-2), device=grad.device).unsqueeze(-1)
-
-    inputs: list[Tensor | None] = []  # the scores before each step
-    for step in program.steps:
-        inputs.append(before)
-        if before is not None:
-            before = apply_step(step, before, read, is_future)
-    for step, scores in zip(reversed(program.steps), reversed(inputs), strict=True):
-        grad, found = differentiate_step(step, scores, grad, read)
-        for index, operand_grad in found.items():
-            target = sums[index]
-            if target is not None:
-                # A slot with no key has a gradient of 0, or of NaN where the whole row has: then it is no key's.
-                _scatter(target, torch.where(is_kept, operand_grad, 0), positions)
-    return grad
+    def add(self, index: int, grad: Tensor, entries: Tensor) -> None:
+        """Adds grad [B, Hq, Lq, n] to the sum of an operand [B|1, Hq|1, Lq|1, Lk|1] at its entries."""
+        target = self.sums[index]
+        if target is not None:
+            _scatter(target, grad, entries)
 
 
 def _scatter(target: Tensor, grad: Tensor, positions: Tensor) -> None:
-    """Adds grad [B, Hq, Lq, kept] to target [B|1, Hq|1, Lq|1, Lk|1] at the keys in positions."""
+    """Adds grad [B, Hq, Lq, kept] to target [B|1, Hq|1, Lq|1, Lk|1] at the keys in positions [B, Hq, Lq, kept]."""
     strides = [stride if size > 1 else 0 for size, stride in zip(target.shape, target.stride(), strict=True)]
     flat = positions * strides[-1]
     for dim in range(3):

@@ -127,31 +127,27 @@ def einsum_sums_heads_of_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @refused("unknown_score_op")
-def scores_activated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1)).sigmoid().softmax(-1) @ v
+def scores_accumulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).cumsum(-1).softmax(-1) @ v
 
 
 @refused("unknown_score_op")
-def scores_floored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.div(q @ k.transpose(-2, -1), 2.0, rounding_mode="floor").softmax(-1) @ v
-
-
-@refused("unknown_score_op")
-def scores_clamped_to_tensor(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    return torch.clamp(q @ k.transpose(-2, -1), min=bias).softmax(-1) @ v
-
-
-@refused("unknown_score_op")
-def scores_doubled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def scores_centred(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1)
-    return (scores + scores).softmax(-1) @ v
+    return (scores - scores.mean(-1, keepdim=True)).tanh().softmax(-1) @ v
 
 
-@refused("unknown_score_op")
-def sink_concatenated(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
-    """A column that is no key, cut off after the softmax."""
-    logits = torch.cat([q @ k.transpose(-2, -1), sink.view(1, H, 1, 1).expand(B, H, LQ, 1)], dim=-1)
-    return logits.softmax(-1)[..., :-1] @ v
+@refused("scores_concatenated")
+def scores_of_two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    products = [q @ k[:, :, :4].transpose(-2, -1), q @ k[:, :, 4:].transpose(-2, -1)]
+    return torch.cat(products, dim=-1).softmax(-1) @ v
+
+
+@refused("sink_not_cut_off")
+def sink_weighs_a_value(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    """The column beside the keys has a row of V."""
+    logits = torch.cat([q @ k[:, :, 1:].transpose(-2, -1), sink.view(1, H, 1, 1).expand(B, H, LQ, 1)], dim=-1)
+    return logits.softmax(-1) @ v
 
 
 @refused("scores_sliced")
@@ -163,12 +159,6 @@ def scores_of_later_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = q @ k.transpose(-2, -1)
     return scores.softmax(-1) @ v, scores
-
-
-@refused("scores_used_elsewhere")
-def scores_gated_by_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.transpose(-2, -1)
-    return (scores * scores.sigmoid()).softmax(-1) @ v
 
 
 @refused("mask_broadcasts_scores")
@@ -228,8 +218,9 @@ def probabilities_alone(q: Tensor, k: Tensor) -> Tensor:
 
 
 @refused("probabilities_changed")
-def probabilities_scaled(q: Tensor, k: Tensor, v: Tensor, scale_heads: Tensor) -> Tensor:
-    return ((q @ k.transpose(-2, -1)).softmax(-1) * scale_heads) @ v
+def probabilities_raised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys that are not kept would count too."""
+    return ((q @ k.transpose(-2, -1)).softmax(-1) + 0.1) @ v
 
 
 @refused("probabilities_changed")
@@ -389,13 +380,13 @@ einsum_not_a_product: einsum is not an einsum of two tensors""",
 
     def test_scores(self) -> None:
         found = self.sentences(
-            scores_activated, scores_of_later_keys, scores_returned, mask_adds_heads, scores_quantised, mask_of_bytes,
+            scores_accumulated, scores_of_later_keys, scores_returned, mask_adds_heads, scores_quantised, mask_of_bytes,
             softmax_over_joined_rows, products_of_integers,
         )  # fmt: skip
         self.assertExpectedInline(
             found,
             """\
-unknown_score_op: sigmoid (call_method: sigmoid) lies between the product and the softmax
+unknown_score_op: cumsum (call_method: cumsum) lies between the product and the softmax
 scores_sliced: getitem takes a part of the scores
 scores_used_elsewhere: matmul_1 is also used by the output
 mask_broadcasts_scores: add (call_function: add) enlarges the scores from (7, 9) to (1, 3, 7, 9)
@@ -406,13 +397,13 @@ not_expressible: DTypeError: query has dtype torch.int32; accepted: float64, flo
         )
 
     def test_probabilities(self) -> None:
-        found = self.sentences(probabilities_returned, probabilities_alone, probabilities_scaled, dropped_out_twice)
+        found = self.sentences(probabilities_returned, probabilities_alone, probabilities_raised, dropped_out_twice)
         self.assertExpectedInline(
             found,
             """\
 probabilities_used_elsewhere: the probabilities weights are used by matmul_1, the output
 probabilities_used_elsewhere: the probabilities softmax are used by the output
-probabilities_changed: mul (call_function: mul) changes the probabilities before the product with V
+probabilities_changed: add (call_function: add) changes the probabilities before the product with V
 two_dropouts: dropout_1 (call_function: dropout) is a second dropout on the same values""",
         )
 

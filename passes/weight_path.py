@@ -1,0 +1,180 @@
+"""The way of the probabilities: from the softmax forward to the product with the value, and what is done to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from topk_fx.score.language import Call as Operation
+
+from .axes import EinsumAxes, read_move
+from .dialect import Call, Kind, read
+from .elementwise import read_elementwise
+from .layout import Layout
+from .score_path import Sink
+from .score_steps import NO_DROPOUT, check_cast, merge_dropout
+from .sites import Factor, Refuse, ScoreStep, Term
+from .trace import MOVES, Trace, is_assert, move_of
+from .values import constant_of, dtype_of, shape_of
+from .where import describe
+
+_UNARY = {"neg", "abs", "relu", "square", "sqrt", "tanh", "sin", "nan_to_num", "softsign", "silu", "gelu", "gelu_tanh"}
+"""Operations that leave 0 as it is, so that what is done to the kept probabilities is done to all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightPath:
+    """What the probabilities pass. `layouts[n]` is where they stand after n moves; `output` the product with V."""
+
+    layouts: tuple[Layout, ...]
+    steps: tuple[ScoreStep, ...]
+    dropout_p: Any
+    dropout_module: fx.Node | None
+    output: fx.Node
+    value: Factor
+    output_order: tuple[int, ...] | None
+
+    @property
+    def layout(self) -> Layout:
+        return self.layouts[-1]
+
+
+def follow_weights(softmax_output: fx.Node, score_layout: Layout, sink: Sink | None, trace: Trace) -> WeightPath:
+    """Walks from the softmax to the product with V; Refuse at the first fact that cannot be proven."""
+    layouts = [Layout((), score_layout.axes, score_layout.rank)]
+    steps: list[ScoreStep] = []
+    dropout = NO_DROPOUT
+    node = softmax_output
+    while True:
+        user = _only_user(node)
+        call = read(user)
+        kind = None if call is None else call.kind
+        if sink is not None and call is not None and _cuts_sink(call, node, layouts[-1], sink):
+            sink = None
+        elif call is not None and kind in (Kind.MATMUL, Kind.EINSUM):
+            if sink is not None:
+                raise Refuse(
+                    "sink_not_cut_off", f"{describe(user)} multiplies the sink of {softmax_output.name} with V"
+                )
+            value, output_order = _read_value(call, node, layouts[-1])
+            return WeightPath(tuple(layouts), tuple(steps), *dropout, user, value, output_order)
+        elif call is not None and kind == Kind.CAST and call["input"] is node:
+            like = check_cast(call)
+            if like is not None:
+                trace.dtypes_taken.append(like)
+        elif call is not None and kind == Kind.DROPOUT and call["input"] is node:
+            dropout = merge_dropout(dropout, call)
+        elif call is not None and kind in MOVES and call["input"] is node and sink is None:
+            if read_move(call) is not None:
+                layouts.append(layouts[-1].then(move_of(call, layouts[-1])))
+        elif call is None or kind != Kind.SAME or call.in_place:
+            steps.append(_read_step(user, node, len(layouts) - 1))
+        trace.interior.add(user)
+        node = user
+
+
+def _only_user(node: fx.Node) -> fx.Node:
+    users = [user for user in node.users if not is_assert(user)]
+    if len(users) != 1 or users[0].op == "output":
+        names = ", ".join("the output" if user.op == "output" else user.name for user in users) or "nothing"
+        raise Refuse("probabilities_used_elsewhere", f"the probabilities {node.name} are used by {names}")
+    return users[0]
+
+
+def _cuts_sink(call: Call, node: fx.Node, layout: Layout, sink: Sink) -> bool:
+    """Whether a call takes the probabilities without the column of the sink."""
+    if call.kind not in (Kind.GETITEM, Kind.SLICE, Kind.NARROW) or call.get("input") is not node:
+        return False
+    before, after = shape_of(node), shape_of(call.node)
+    if before is None or after is None or len(before) != len(after):
+        return False
+    key_axis = layout.axes[1] % len(before)
+    for axis, (old, new) in enumerate(zip(before, after, strict=True)):
+        if not statically_known_true(new == (old - 1 if axis == key_axis else old)):
+            return False
+    return _start_of(call, key_axis, len(before)) == int(sink.is_first)
+
+
+def _start_of(call: Call, axis: int, rank: int) -> Any:
+    """Where a slice begins on an axis; None if that is not certain, or if it takes another order."""
+    if call.kind == Kind.GETITEM:
+        items = call["index"] if isinstance(call["index"], tuple) else (call["index"],)
+        if any(item is None or not (item is Ellipsis or isinstance(item, slice)) for item in items):
+            return None
+        if Ellipsis in items:
+            gap = items.index(Ellipsis)
+            items = (*items[:gap], *(slice(None),) * (rank - len(items) + 1), *items[gap + 1 :])
+        items = (*items, *(slice(None),) * (rank - len(items)))
+        if any(item.step not in (None, 1) for item in items):
+            return None
+        return items[axis].start or 0
+    if call.get("step", 1) != 1:
+        return None
+    return (call.get("start") or 0) if call.get("dim", 0) % rank == axis else None
+
+
+def _read_step(user: fx.Node, weights: fx.Node, stage: int) -> ScoreStep:
+    """What an elementwise call does to the probabilities, if it leaves those that are 0 at 0."""
+    operation = read_elementwise(user)
+    own, before = shape_of(user), shape_of(weights)
+    if operation is None or (own is not None and before is not None and own != before):
+        raise Refuse("probabilities_changed", f"{describe(user)} uses the probabilities before any product with V")
+    step = _as_step(operation, weights, stage)
+    if step is None:
+        raise Refuse("probabilities_changed", f"{describe(user)} changes the probabilities before the product with V")
+    return step
+
+
+def _as_step(operation: Operation, weights: fx.Node, stage: int) -> ScoreStep | None:
+    first, *rest = operation.arguments
+    if any(isinstance(x, Operation) for x in operation.arguments):
+        return None
+    if operation.name == "mul" and first is not weights:
+        first, rest = rest[0], [first]
+    if operation.name == "where":
+        condition, x, other = operation.arguments
+        if x is weights and other is not weights:
+            return _conditional("keep", condition, other, stage)
+        return _conditional("fill", condition, x, stage) if other is weights and x is not weights else None
+    if first is not weights or weights in rest:
+        return None
+    if operation.name in ("mul", "div") or operation.name in _UNARY:
+        return ScoreStep(operation.name, tuple(_argument(x, stage) for x in rest))
+    if operation.name in ("keep", "fill"):
+        return _conditional(operation.name, *rest, stage)
+    return None
+
+
+def _conditional(name: str, condition: Any, value: Any, stage: int) -> ScoreStep | None:
+    if constant_of(value) != 0 or not isinstance(condition, fx.Node) or dtype_of(condition) not in (None, torch.bool):
+        return None
+    return ScoreStep(name, (Term(condition, stage), 0.0))
+
+
+def _argument(x: Any, stage: int) -> Any:
+    number = constant_of(x)
+    return Term(x, stage) if number is None else number
+
+
+def _read_value(call: Call, weights: fx.Node, layout: Layout) -> tuple[Factor, tuple[int, ...] | None]:
+    """V in the axes of the weights, with Dv in the place of the query axis, and how the product orders its axes."""
+    if call.kind == Kind.EINSUM:
+        axes = EinsumAxes.of(call)
+        return axes.value(weights, layout, call.node.name)
+    left, right = call["input"], call["other"]
+    if left is right:
+        raise Refuse("not_attention", f"{call.node.name} multiplies the probabilities with themselves")
+    is_left = left is weights
+    value = right if is_left else left
+    shape = shape_of(value)
+    if shape is not None and len(shape) < 2:
+        raise Refuse("value_is_vector", f"{call.node.name} multiplies the probabilities with a vector")
+    rank = layout.rank
+    query_axis, key_axis = (axis - rank if rank is not None and axis >= 0 else axis for axis in layout.axes)
+    if (query_axis, key_axis) != ((-2, -1) if is_left else (-1, -2)):
+        raise Refuse("product_not_over_keys", f"{call.node.name} does not sum over the axis of the softmax")
+    return Factor(value, transposed=True), None
