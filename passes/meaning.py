@@ -104,9 +104,11 @@ class Meaning:
             found = reader.read(term.node)
         except NotReadable:
             return term
-        if not isinstance(found, Call) or not self._may_replay(reader, term.node):
+        if not isinstance(found, (Call, Term)) or not self._may_replay(reader, term.node):
             return term
         self.replayed |= reader.replayed
+        if isinstance(found, Term):
+            return dataclasses.replace(found, negated=term.negated, multiplier=term.multiplier)
         if not term.negated and term.multiplier == 1:
             return found
         if isinstance(term.multiplier, fx.Node):

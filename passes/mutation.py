@@ -15,7 +15,7 @@ from .dialect import Kind, read
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments whose values a node writes to, or may write to."""
-    if node.op in ("placeholder", "get_attr", "output") or node.target in _CHANGES_NO_VALUE:
+    if node.op in ("placeholder", "get_attr", "output") or node.target in _CHANGE_NO_VALUE:
         return []
     if node.op == "call_method":
         name = str(node.target)
@@ -32,8 +32,10 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
             written += _written_by_schema(node, getattr(target, overload)._schema)
     elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
         written.append(node.args[0])
+    elif isinstance(target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes if _body_may_write(node) else []
     elif not _is_torch_function(target):
-        return node.all_input_nodes  # a function that nothing is known of, or one with graphs inside
+        return node.all_input_nodes  # a function that nothing is known of
     else:
         name = getattr(target, "__name__", "")
         position = _inplace_position(target)
@@ -54,6 +56,22 @@ def _written_by_schema(node: fx.Node, schema: Any) -> list[Any]:
     return found
 
 
+def _body_may_write(node: fx.Node) -> bool:
+    """Whether a graph inside a higher-order call writes to what it is given, or nothing is known of one."""
+    owner = node.graph.owning_module
+    bodies = [x for x in node.all_input_nodes if x.op == "get_attr"]
+    found = False
+    for body in bodies:
+        module: Any = owner
+        for name in str(body.target).split("."):
+            module = getattr(module, name, None)
+        if isinstance(module, fx.GraphModule):
+            found = True
+            if any(is_mutated(x) for x in module.graph.find_nodes(op="placeholder")):
+                return True
+    return not found
+
+
 def _module_may_write(node: fx.Node) -> bool:
     """Whether a called module may write to its inputs: it is told to, or nothing is known of it."""
     owner = node.graph.owning_module
@@ -65,8 +83,6 @@ def _module_may_write(node: fx.Node) -> bool:
 
 def _is_torch_function(target: Any) -> bool:
     """Whether a function is one of torch or of Python itself, so that its name tells whether it writes."""
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
     module = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", "")
     return module is None or module.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "")
 
@@ -81,7 +97,12 @@ def _inplace_position(target: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-_CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
+_CHANGE_NO_VALUE = {
+    "detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default,
+    operator.and_, operator.or_, operator.not_, operator.is_,
+}  # fmt: skip
+"""Targets whose names end as those of in-place operations do."""
+
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in _ARITHMETIC}
 _IN_PLACE_DUNDERS = {*(f"__i{name}__" for name in _ARITHMETIC), "__setitem__"}
@@ -93,14 +114,23 @@ def is_mutated(node: fx.Node, depth: int = 4) -> bool:
         if node in mutated_arguments(user):
             return True
         call = read(user)
-        may_be_view = user.op in ("call_function", "call_method") and (call is None or call.kind not in _FRESH)
+        may_be_view = user.op in ("call_function", "call_method") and (call is None or call.kind not in FRESH)
         if may_be_view and depth and is_mutated(user, depth - 1):
             return True
     return False
 
 
+def is_taken_over(node: fx.Node) -> bool:
+    """Whether the only use of a new tensor is an in-place operation on it, whose result is used in its place."""
+    call, users = read(node), list(node.users)
+    if call is None or call.kind not in FRESH or (call.in_place and isinstance(call.get("input"), fx.Node)):
+        return False
+    user = read(users[0]) if len(users) == 1 else None
+    return user is not None and user.in_place and user.get("input") is node and not is_mutated(user.node)
+
+
 # Results that share no memory with an argument, so that a later write to one does not reach the other.
-_FRESH = {
+FRESH = {
     Kind.MATMUL, Kind.BADDBMM, Kind.ADDMM, Kind.EINSUM, Kind.LINEAR, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION,
     Kind.ADD, Kind.ADDCMUL, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.EXP, Kind.SUM,
     Kind.AMAX, Kind.MASKED_FILL, Kind.WHERE, Kind.RELU, Kind.GELU, Kind.SILU, Kind.POW, Kind.REPEAT_INTERLEAVE,
@@ -116,7 +146,7 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
         current = pending.pop()
         call = read(current)
         sources: list[fx.Node] = []
-        if call is None or call.in_place or call.kind not in _FRESH:
+        if call is None or call.in_place or call.kind not in FRESH:
             sources = current.all_input_nodes
         if not sources or current.op in ("placeholder", "get_attr"):
             roots.add(current)

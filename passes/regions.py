@@ -21,9 +21,10 @@ from topk_fx.score.language import KEY_POSITION, QUERY_POSITION, Call, Expressio
 from topk_fx.score.operations import CAST_DTYPES, OPERATIONS
 
 from .axes import same_shape
+from .constants import Constants
 from .dialect import Kind, read
 from .elementwise import read_elementwise
-from .mutation import is_mutated
+from .mutation import is_mutated, is_taken_over
 from .sites import Term
 from .values import dtype_of, is_scalar, shape_of, value_of
 
@@ -82,6 +83,7 @@ class RegionReader:
     inside: Collection[fx.Node] = ()
     tensors_allowed: bool = False
     positions_only: bool = False
+    constants: Constants = dataclasses.field(default_factory=Constants)
     replayed: set[fx.Node] = dataclasses.field(default_factory=set)
     leaves: set[fx.Node] = dataclasses.field(default_factory=set)
     _known: dict[tuple[fx.Node, Axes], Expression] = dataclasses.field(default_factory=dict)
@@ -122,7 +124,7 @@ class RegionReader:
             return self._read_small(x, axes)
         if not self.tensors_allowed:
             return self._expand(x, axes)
-        reader = RegionReader(self.frame)
+        reader = RegionReader(self.frame, constants=self.constants)
         try:
             found = reader._read(x, axes)
         except NotReadable:
@@ -135,7 +137,7 @@ class RegionReader:
         """A position if it is made of nothing else, or else the tensor as it is."""
         if self.positions_only:
             return self._expand(x, axes)
-        reader = RegionReader(self.frame, positions_only=True)
+        reader = RegionReader(self.frame, positions_only=True, constants=self.constants)
         try:
             found = reader._expand(x, axes)
         except NotReadable:
@@ -153,9 +155,17 @@ class RegionReader:
         return Term(x, self.frame.stage, order=None if is_aligned or not axes else order)
 
     def _expand(self, x: fx.Node, axes: Axes) -> Expression:
-        if is_mutated(x):
+        if is_mutated(x) and not is_taken_over(x):
             raise NotReadable(f"{x.name} is written to")
-        for expand in (self._constant, self._arange, self._triangle, self._lookup, self._move, self._elementwise):
+        for expand in (
+            self._constant,
+            self._computed,
+            self._arange,
+            self._triangle,
+            self._lookup,
+            self._move,
+            self._elementwise,
+        ):
             found = expand(x, axes)
             if found is not None:
                 self.replayed.add(x)
@@ -165,6 +175,23 @@ class RegionReader:
     def _constant(self, x: fx.Node, axes: Axes) -> Expression | None:
         number = _filled_with(x)
         return None if number is None else _typed(number, dtype_of(x))
+
+    def _computed(self, x: fx.Node, axes: Axes) -> Expression | None:
+        """A tensor that depends on the graph alone, if it counts along one axis or is the same everywhere."""
+        shape = shape_of(x)
+        is_small = shape is not None and not self.frame.is_full(shape, axes)
+        value = self.constants.value_of(x) if is_small else None
+        if value is None or value.dtype not in (torch.int64, torch.bool) or value.numel() == 0:
+            return None
+        first = value.flatten()[0].item()
+        if bool((value == first).all()):
+            return bool(first) if value.dtype == torch.bool else first
+        for axis, size in enumerate(value.shape):
+            position = self.frame.name(axes[axis])
+            counted = torch.arange(size).view([-1 if n == axis else 1 for n in range(value.dim())]) + first
+            if position is not None and value.dtype == torch.int64 and bool((value == counted).all()):
+                return position if first == 0 else Call("add", (position, first))
+        return None
 
     def _arange(self, x: fx.Node, axes: Axes) -> Expression | None:
         if _packet(x) not in (torch.arange, aten.arange):
@@ -245,22 +272,45 @@ class RegionReader:
         operation = read_elementwise(x)
         if operation is None:
             return None
+        source = operation.arguments[0]
+        if operation.name in CAST_DTYPES and isinstance(source, fx.Node) and dtype_of(source) == dtype_of(x):
+            return self._read(source, axes)
         _check_promotion(x, operation)
-        expression = self._operation(operation, axes)
-        return expression if isinstance(expression, Call) else _typed(expression, dtype_of(x))
+        expression = self._operation(operation, axes, dtype_of(x))
+        return _typed(expression, dtype_of(x)) if isinstance(expression, (bool, int, float)) else expression
 
-    def _operation(self, operation: Call, axes: Axes) -> Expression:
+    def _operation(self, operation: Call, axes: Axes, dtype: torch.dtype | None) -> Expression:
         arguments: list[Expression] = []
         for argument in operation.arguments:
             if isinstance(argument, Call):
-                arguments.append(self._operation(argument, axes))
+                arguments.append(self._operation(argument, axes, dtype))
                 continue
             shape = shape_of(argument) if isinstance(argument, fx.Node) else ()
             arguments.append(self._read(argument, axes[len(axes) - len(shape or ()) :]))
         if all(isinstance(x, (bool, int, float)) for x in arguments):
             tensors = [torch.tensor(x) for x in arguments]
             return OPERATIONS[operation.name].function(*tensors).item()
-        return Call(operation.name, tuple(arguments))
+        return _simplified(Call(operation.name, tuple(arguments)), dtype)
+
+
+def _simplified(call: Call, dtype: torch.dtype | None) -> Expression:
+    """The same with less: what is joined with True, moved by 0, or compared with what positions always are."""
+    name, arguments = call.name, call.arguments
+    if name in ("and", "logical_and") and any(x is True for x in arguments):
+        return next(x for x in arguments if x is not True)
+    if name in ("or", "logical_or") and any(x is False for x in arguments):
+        return next(x for x in arguments if x is not False)
+    if name in ("add", "sub") and dtype == torch.int64 and _is_zero(arguments[1]):
+        return arguments[0]
+    if name == "add" and dtype == torch.int64 and _is_zero(arguments[0]):
+        return arguments[1]
+    if name == "ge" and arguments[1] == 0 and arguments[0] in (QUERY_POSITION, KEY_POSITION):
+        return True
+    return call
+
+
+def _is_zero(x: Expression) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x == 0
 
 
 def _packet(node: fx.Node) -> Any:
@@ -370,7 +420,8 @@ def _is_whole(index: Any) -> bool:
 def _check_promotion(x: fx.Node, operation: Call) -> None:
     """NotReadable where a tensor without axes would take part in type promotion once it has some."""
     dtypes: dict[bool, list[torch.dtype]] = {True: [], False: []}
-    pending = list(operation.arguments)
+    condition = {"where": 0, "keep": 1, "fill": 1}.get(operation.name)
+    pending = [argument for n, argument in enumerate(operation.arguments) if n != condition]
     while pending:
         argument = pending.pop()
         if isinstance(argument, Call):

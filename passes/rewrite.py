@@ -50,6 +50,7 @@ def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
         size.graph.erase_node(size)
     _replace(site.output, output, site.interior)
     _erase_dead(emit.emitted)
+    _erase_replayed(site.replayed)
     return op
 
 
@@ -222,7 +223,7 @@ class _ScoreText:
 
 
 Place = Callable[[fx.Node, Term], fx.Node]
-_LONG = 16
+_LONG = 12
 """Characters from which on an expression that occurs twice is given a name."""
 
 
@@ -365,6 +366,20 @@ def _replace(old: fx.Node, new: fx.Node, interior: tuple[fx.Node, ...]) -> None:
                 user.graph.erase_node(user)
         node.graph.erase_node(node)
     _erase_dead(inputs)
+
+
+def _erase_replayed(replayed: Sequence[fx.Node]) -> None:
+    """Erases the nodes that nothing uses any more but assertions on them; later ones come last."""
+    for node in reversed(replayed):
+        if node._erased:
+            continue
+        asserts = [user for user in node.users if (call := read(user)) is not None and call.kind == Kind.ASSERT]
+        if len(asserts) == len(node.users):
+            for user in asserts:
+                user.graph.erase_node(user)
+            sources = node.all_input_nodes
+            node.graph.erase_node(node)
+            _erase_dead(sources)
 
 
 def _erase_dead(nodes: Sequence[fx.Node]) -> None:

@@ -168,7 +168,7 @@ class ScorePath:
             if source is None:
                 operation = read_elementwise(node)
                 sources = [] if operation is None else [x for x in node.all_input_nodes if _may_lead_to_product(x)]
-                source = next((x for x in sources if shape_of(x) == shape_of(node)), next(iter(sources), None))
+                source = next((x for x in sources if _is_of_shape(x, node)), next(iter(sources), None))
             if source is None:
                 raise self._no_product(node if node is start or not _reaches_product(start) else start)
             node = source
@@ -228,8 +228,7 @@ class ScorePath:
             return None
         names = _SCORE_ARGUMENTS.get(call.kind, ("input",))
         sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and _leads_to_product(x)]
-        own = shape_of(call.node)
-        whole = [x for x in sources if own is not None and shape_of(x) == own]
+        whole = [x for x in sources if _is_of_shape(x, call.node)]
         chosen = next(iter(whole or sources), None)
         if call.in_place and chosen is not call.get("input"):
             raise Refuse("inputs_written_between", f"{describe(call.node)} writes the scores into another tensor")
@@ -308,6 +307,12 @@ class ScorePath:
                 name, arguments = event
                 steps.append(ScoreStep(name, tuple(a.at(stage) if isinstance(a, Operand) else a for a in arguments)))
         return tuple(steps)
+
+
+def _is_of_shape(x: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors certainly have the same shape."""
+    shape, expected = shape_of(x), shape_of(other)
+    return shape is not None and expected is not None and same_shape(shape, expected)
 
 
 def _keeps_shift(event: Event) -> bool:

@@ -84,7 +84,8 @@ class AttentionSite:
     key D in that of the query axis, the value Dv in that of the query axis. `sizes` are nodes that read a symbolic size
     off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes after it are None where
     tracing recorded none. A scale of None is SDPA's default. `steps` and `sink` are on the way to the softmax and the
-    stage of their terms counts the moves of `score_layout`; `weight_steps` come after it, on `weight_layout`.
+    stage of their terms counts the moves of `score_layout`; `weight_steps` come after it, on `weight_layout`. The op
+    does the work of the nodes `replayed` again, which build masks and biases that others may share.
     """
 
     anchor: fx.Node
@@ -105,6 +106,7 @@ class AttentionSite:
     dropout_module: fx.Node | None
     zero_empty_rows: bool
     interior: tuple[fx.Node, ...]
+    replayed: tuple[fx.Node, ...]
     sizes: tuple[fx.Node, ...]
     scores_shape: tuple[Any, ...] | None
     head_size: Any

@@ -12,6 +12,7 @@ are in `vmap`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -247,7 +248,7 @@ def _ffn(
     dropout_p: float = 0.0,
 ) -> Tensor:
     check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    tokens = input.reshape(input.shape[:-1].numel(), input.size(-1))
+    tokens = input.reshape(math.prod(input.shape[:-1]), input.size(-1))
     keep = None
     if dropout_p > 0.0:
         keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p

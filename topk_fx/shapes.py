@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -105,7 +106,7 @@ def _pad(x: Tensor, rank: int) -> Tensor:
 
 def _join_batch(x: Tensor) -> Tensor:
     """[*batch, H, L, D] as [B, H, L, D]."""
-    return x if x.dim() == 4 else x.reshape(x.shape[:-3].numel(), *x.shape[-3:])
+    return x if x.dim() == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 def _join_operand(x: Tensor, batch: Sequence[int]) -> Tensor:

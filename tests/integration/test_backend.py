@@ -360,3 +360,18 @@ def test_module_compiled_in_place_follows_train_and_eval() -> None:
     assert not torch.equal(model.train()(*INPUTS), expected)
     assert_same(model.eval()(*INPUTS), expected)
     assert [len(report.rewritten) for report in topk_fx.reports()] == [1, 1]
+
+
+def test_ffn_of_any_number_of_tokens_compiles_once() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return topk_fx.rewrite(graph, k="all")[0]
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for length in (5, 7, 9):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
