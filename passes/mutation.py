@@ -32,6 +32,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
             written += _written_by_schema(node, getattr(target, overload)._schema)
     elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
         written.append(node.args[0])
+    elif getattr(target, "__module__", "") == operator.add.__module__:
+        pass  # operator.and_ and operator.or_ have their names because Python keeps the plain ones for itself
     elif not _is_torch_function(target):
         return node.all_input_nodes  # a function that nothing is known of, or one with graphs inside
     else:
