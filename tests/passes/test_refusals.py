@@ -86,16 +86,28 @@ def softmax_over_batch_of_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(0) @ v
 
 
-@refused("product_not_over_keys")
+@refused("softmax_not_over_keys")
 def values_weighed_over_queries(k: Tensor, v: Tensor) -> Tensor:
-    """Normalised over the keys, but summed over the queries, of which there are as many."""
+    """Normalised over one axis, but summed over the other, which is as long."""
     return (k @ k.transpose(-2, -1)).softmax(-1).transpose(-2, -1) @ v
 
 
-@refused("product_not_over_keys")
+@refused("softmax_not_over_keys")
 def slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Normalised over the queries."""
     return (q @ k.transpose(-2, -1)).softmax(-2) @ v
+
+
+@refused("product_not_over_keys")
+def values_weighed_over_heads(q: Tensor, k: Tensor, v_heads_last: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-1).permute(0, 2, 3, 1) @ v_heads_last[:, :1]
+
+
+@refused("not_attention")
+def softmax_over_features_of_a_head(q_heads_last: Tensor, v: Tensor) -> Tensor:
+    """As linear attention has it: the axis of the softmax comes out of a view, and no product comes before it."""
+    q, k = q_heads_last.flatten(2).unflatten(-1, (H, -1)).transpose(1, 2).chunk(2, -1)
+    return q.softmax(-1) @ (k.transpose(-2, -1) @ v[:, :, :LQ])
 
 
 @refused("softmax_dim_unknown")
@@ -373,7 +385,7 @@ class TestSentences(TestCase):
             """\
 not_attention: no product of query and key leads to softmax: sigmoid (call_method: sigmoid)
 softmax_not_over_keys: softmax runs over a batch or head axis of matmul
-product_not_over_keys: matmul_1 does not sum over the axis of the softmax
+softmax_not_over_keys: matmul_1 sums over the keys, and the softmax runs over the queries
 softmax_dim_unknown: softmax does not say over which dimension it runs
 einsum_not_a_product: einsum is not an einsum of two tensors""",
         )
