@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import TestCase
 from models import DynamoTrace, SymbolicTrace, Trace, drawn
-from spellings import INF, LK, LQ, B, H, tensors
+from spellings import INF, LK, LQ, B, D, H, tensors
 from torch import Tensor, nn
 
 import topk_fx
@@ -23,6 +23,7 @@ from topk_fx import passes
 SHAPES = {"x": (2, 5, 8), "up": (16, 8), "down": (8, 16), "packed": (24, 8), "packed_bias": (24,), "output": (8, 8)}
 LAYERS = {name: drawn(*shape) for name, shape in SHAPES.items()}
 BYTES = torch.ones(LQ, LK, dtype=torch.uint8)
+NESTED = torch.nested.nested_tensor([drawn(length, H, D) for length in (2, LK)], layout=torch.jagged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +290,11 @@ def sdpa_causal_by_argument(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) ->
 @refused("not_tensors", symbolic=True)
 def sdpa_without_values(q: Tensor, k: Tensor) -> Tensor:
     return torch.ops.aten.scaled_dot_product_attention.default(q, k, None)
+
+
+@refused("nested_tensor", symbolic=True)
+def sdpa_of_sequences_of_several_lengths(q: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, NESTED, NESTED, scale=1.0)
 
 
 @refused("opaque_call")
