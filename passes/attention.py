@@ -24,7 +24,7 @@ from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
 from .softmax import Softmax
 from .span import check_span
 from .trace import MOVES, Order, Trace, is_assert
-from .values import is_scalar, shape_of, value_of
+from .values import is_nested, is_scalar, shape_of, value_of
 from .weight_path import follow_weights
 
 
@@ -47,6 +47,8 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         return Refusal("causal_not_static", f"is_causal of {call.node.name} is known only at run time", call.node)
     if not all(isinstance(call.get(name), fx.Node) for name in ("query", "key", "value")):
         return Refusal("not_tensors", f"an input of {call.node.name} is no tensor", call.node)
+    if any(is_nested(call[name]) for name in ("query", "key", "value")):
+        return Refusal("nested_tensor", f"{call.node.name} attends within sequences of several lengths", call.node)
     if mask is not None:
         steps.append(ScoreStep("mask", (Term(mask, stage=0),)))
     if is_causal:
@@ -88,6 +90,8 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
 
 
 def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
+    if is_nested(softmax.input):
+        raise Refuse("nested_tensor", f"{softmax.output.name} runs over sequences of several lengths")
     path = ScorePath(softmax, trace)
     product, steps = path.walk()
     if not product.first_moves and not path.layout.moves:

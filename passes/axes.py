@@ -120,6 +120,8 @@ class EinsumAxes:
         letters, (value, value_letters) = self.factors[mine][1], self.factors[1 - mine]
         rank = len(letters)
         i, j = (letters[axis % rank] for axis in layout.axes)
+        if i in value_letters and i not in self.output:
+            raise softmax_over_queries(name)
         if j in self.output or j not in value_letters:
             raise Refuse("product_not_over_keys", f"{name} does not sum over the axis of the softmax")
         own = [c for c in value_letters if c not in letters]
@@ -133,6 +135,11 @@ class EinsumAxes:
         result = [own[0] if c == j else c for c in letters]
         output_order = tuple(result.index(c) for c in self.output)
         return Factor(value, order), output_order
+
+
+def softmax_over_queries(product: str) -> Refuse:
+    """Seen from the product with V, which sums over the keys."""
+    return Refuse("softmax_not_over_keys", f"{product} sums over the keys, and the softmax runs over the queries")
 
 
 def _order(letters: str, wanted: list[str]) -> tuple[int | None, ...]:

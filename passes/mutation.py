@@ -32,6 +32,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
             written += _written_by_schema(node, getattr(target, overload)._schema)
     elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
         written.append(node.args[0])
+    elif getattr(target, "__module__", "") == operator.add.__module__:
+        pass  # operator.and_ and operator.or_ have their names because Python keeps the plain ones for itself
     elif isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if _body_may_write(node) else []
     elif not _is_torch_function(target):
@@ -97,12 +99,7 @@ def _inplace_position(target: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-_CHANGE_NO_VALUE = {
-    "detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default,
-    operator.and_, operator.or_, operator.not_, operator.is_,
-}  # fmt: skip
-"""Targets whose names end as those of in-place operations do."""
-
+_CHANGE_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in _ARITHMETIC}
 _IN_PLACE_DUNDERS = {*(f"__i{name}__" for name in _ARITHMETIC), "__setitem__"}

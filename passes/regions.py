@@ -161,6 +161,7 @@ class RegionReader:
             self._constant,
             self._computed,
             self._arange,
+            self._diagonal,
             self._triangle,
             self._lookup,
             self._move,
@@ -205,6 +206,17 @@ class RegionReader:
         if step != 1:
             position = Call("mul", (position, self._read(step, ())))
         return position if start == 0 else Call("add", (position, self._read(start, ())))
+
+    def _diagonal(self, x: fx.Node, axes: Axes) -> Expression | None:
+        if _packet(x) not in (torch.eye, aten.eye):
+            return None
+        row, column = map(self.frame.name, axes)
+        if row is None or column is None:
+            raise NotReadable(f"{x.name} does not pair queries and keys")
+        is_one = Call("eq", (row, column))
+        return (
+            is_one if dtype_of(x) == torch.bool else Call("where", (is_one, *(_typed(n, dtype_of(x)) for n in (1, 0))))
+        )
 
     def _triangle(self, x: fx.Node, axes: Axes) -> Expression | None:
         is_upper = _packet(x) in (torch.triu, "triu", aten.triu)

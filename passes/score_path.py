@@ -105,6 +105,7 @@ class ScorePath:
     def _walk_back(self, key_axis: int) -> tuple[fx.Node, list[Event], int]:
         """From the softmax to the product: its node, what was passed (last first), and the softmax axis there."""
         events: list[Event] = []
+        self._product_behind(self.softmax.input)  # or else it is no attention, whatever its axes are
         user, node = self._first_user(), self.softmax.input
         while True:
             node = self._current(node, user)

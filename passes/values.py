@@ -48,6 +48,12 @@ def dtype_of(node: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
+def is_nested(node: Any) -> bool:
+    """Whether a node is known to be a nested tensor, which has rows of several lengths and a size that is no number."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.is_nested
+
+
 def rank_of(node: Any) -> int | None:
     """The rank of a tensor node: recorded by tracing, or told by how the node was made."""
     shape = shape_of(node)

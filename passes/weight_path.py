@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.score.language import Call as Operation
 
-from .axes import EinsumAxes, read_move, same_shape
+from .axes import EinsumAxes, read_move, same_shape, softmax_over_queries
 from .dialect import Call, Kind, read
 from .elementwise import read_elementwise
 from .layout import Layout
@@ -175,6 +175,9 @@ def _read_value(call: Call, weights: fx.Node, layout: Layout) -> tuple[Factor, t
         raise Refuse("value_is_vector", f"{call.node.name} multiplies the probabilities with a vector")
     rank = layout.rank
     query_axis, key_axis = (axis - rank if rank is not None and axis >= 0 else axis for axis in layout.axes)
-    if (query_axis, key_axis) != ((-2, -1) if is_left else (-1, -2)):
+    summed = -1 if is_left else -2
+    if query_axis == summed:
+        raise softmax_over_queries(call.node.name)
+    if (query_axis, key_axis) != (-3 - summed, summed):
         raise Refuse("product_not_over_keys", f"{call.node.name} does not sum over the axis of the softmax")
     return Factor(value, transposed=True), None

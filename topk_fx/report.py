@@ -81,14 +81,19 @@ class RewriteReport:
         return f"topk_fx: {self.graph}: {'; '.join(parts)}" + (f"; left dense: {left}" if left else "")
 
 
-_COLUMNS = ("where", "kind", "shapes", "k", "dense", "top-k", "what was done")
+_COLUMNS = ("where", "kind", "shapes", "k", "dense", "top-k", "mask", "what was done")
 
 
 def _table(sites: tuple[Site, ...]) -> list[str]:
+    """One row for all sites that differ in their node alone, and no column of masks where none is a tensor."""
     if not sites:
         return []
-    rows = [_COLUMNS, *(_row(site) for site in sites)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    counts = Counter(map(_row, sites)).items()
+    rows = [_COLUMNS, *((where if count == 1 else f"{where} ({count}x)", *row) for (where, *row), count in counts)]
+    if not any(site.rewritten and site.mask_bytes for site in sites):
+        column = _COLUMNS.index("mask")
+        rows = [(*row[:column], *row[column + 1 :]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
@@ -100,10 +105,11 @@ def _row(site: Site) -> tuple[str, ...]:
     return (
         site.where or site.node,
         site.kind,
-        " ".join(f"{name}{shape.replace(' ', '')}" for name, shape in site.shapes.items()),
+        ", ".join(f"{name} {shape.replace(' ', '')}" for name, shape in site.shapes.items()),
         site.k,
         _bytes(site.dense_bytes),
         _bytes(site.topk_bytes) if site.rewritten else "",
+        _bytes(site.mask_bytes) if site.rewritten and site.mask_bytes else "",
         done,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from expecttest import assert_expected_inline
 
@@ -53,12 +55,40 @@ def test_printed_report_is_a_table():
         str(MODEL),
         """\
 topk_fx: graph 0: 1 of 3 attention sites rewritten; 1 of 1 ffn sites rewritten; left dense: 1 k_covers_all_keys, 1 softmax_not_over_keys
-where                kind       shapes                     k     dense     top-k    what was done
--------------------  ---------  -------------------------  ----  --------  -------  ---------------------------------------------------
-layers.0.self_attn   attention  scores[2,8,1024,1024] D64  64    64.0 MiB  8.0 MiB  rewritten, aten
-layers.0.mlp         ffn        tokens[2,1024] hidden2048  0.25  16.0 MiB  8.0 MiB  rewritten, aten
-layers.0.cross_attn  attention  scores[2,8,1024,7] D64           448 KiB            left dense: k_covers_all_keys (7 keys, and k is 64)
-softmax_2            attention                                                      left dense: softmax_not_over_keys""",
+where                kind       shapes                        k     dense     top-k    what was done
+-------------------  ---------  ----------------------------  ----  --------  -------  ---------------------------------------------------
+layers.0.self_attn   attention  scores [2,8,1024,1024], D 64  64    64.0 MiB  8.0 MiB  rewritten, aten
+layers.0.mlp         ffn        tokens [2,1024], hidden 2048  0.25  16.0 MiB  8.0 MiB  rewritten, aten
+layers.0.cross_attn  attention  scores [2,8,1024,7], D 64           448 KiB            left dense: k_covers_all_keys (7 keys, and k is 64)
+softmax_2            attention                                                         left dense: softmax_not_over_keys""",
+    )
+
+
+def test_masks_that_are_tensors_have_a_column():
+    masked = dataclasses.replace(MODEL.sites[0], where="layers.1.self_attn", mask_bytes=2 * 1024 * 1024 * 4)
+    assert_expected_inline(
+        str(RewriteReport((MODEL.sites[0], masked, MODEL.sites[3]), "graph 0")),
+        """\
+topk_fx: graph 0: 2 of 3 attention sites rewritten; left dense: 1 softmax_not_over_keys
+where               kind       shapes                        k   dense     top-k    mask     what was done
+------------------  ---------  ----------------------------  --  --------  -------  -------  ---------------------------------
+layers.0.self_attn  attention  scores [2,8,1024,1024], D 64  64  64.0 MiB  8.0 MiB           rewritten, aten
+layers.1.self_attn  attention  scores [2,8,1024,1024], D 64  64  64.0 MiB  8.0 MiB  8.0 MiB  rewritten, aten
+softmax_2           attention                                                                left dense: softmax_not_over_keys""",
+    )
+
+
+def test_sites_of_a_shared_module_are_one_row():
+    """A module called three times, as in a looped transformer."""
+    sites = [dataclasses.replace(site, node=f"{site.node}_{n}") for n in range(3) for site in MODEL.sites[:2]]
+    assert_expected_inline(
+        str(RewriteReport(tuple(sites), "graph 0")),
+        """\
+topk_fx: graph 0: 3 of 3 attention sites rewritten; 3 of 3 ffn sites rewritten
+where                    kind       shapes                        k     dense     top-k    what was done
+-----------------------  ---------  ----------------------------  ----  --------  -------  ---------------
+layers.0.self_attn (3x)  attention  scores [2,8,1024,1024], D 64  64    64.0 MiB  8.0 MiB  rewritten, aten
+layers.0.mlp (3x)        ffn        tokens [2,1024], hidden 2048  0.25  16.0 MiB  8.0 MiB  rewritten, aten""",
     )
 
 

@@ -335,6 +335,7 @@ WRITES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "inplace_by_position": (lambda x, y: F.dropout(y, 0.5, True, True), ["y"]),
     "overload": (lambda x, y: torch.ops.aten.copy_.default(x, y), ["x"]),
     "nothing": (lambda x, y: x + y, []),
+    "conjunction": (lambda x, y: x & y | x, []),
     "comparison": (lambda x, y: x.__eq__(y), []),
     "contiguous": (lambda x, y: x.contiguous(), []),
 }

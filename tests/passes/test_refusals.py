@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import TestCase
 from models import DynamoTrace, SymbolicTrace, Trace, drawn
-from spellings import INF, LK, LQ, B, H, tensors
+from spellings import INF, LK, LQ, B, D, H, tensors
 from torch import Tensor, nn
 
 import topk_fx
@@ -23,6 +23,7 @@ from topk_fx import passes
 SHAPES = {"x": (2, 5, 8), "up": (16, 8), "down": (8, 16), "packed": (24, 8), "packed_bias": (24,), "output": (8, 8)}
 LAYERS = {name: drawn(*shape) for name, shape in SHAPES.items()}
 BYTES = torch.ones(LQ, LK, dtype=torch.uint8)
+NESTED = torch.nested.nested_tensor([drawn(length, H, D) for length in (2, LK)], layout=torch.jagged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +87,28 @@ def softmax_over_batch_of_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(0) @ v
 
 
-@refused("product_not_over_keys")
+@refused("softmax_not_over_keys")
 def values_weighed_over_queries(k: Tensor, v: Tensor) -> Tensor:
-    """Normalised over the keys, but summed over the queries, of which there are as many."""
+    """Normalised over one axis, but summed over the other, which is as long."""
     return (k @ k.transpose(-2, -1)).softmax(-1).transpose(-2, -1) @ v
 
 
-@refused("product_not_over_keys")
+@refused("softmax_not_over_keys")
 def slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Normalised over the queries."""
     return (q @ k.transpose(-2, -1)).softmax(-2) @ v
+
+
+@refused("product_not_over_keys")
+def values_weighed_over_heads(q: Tensor, k: Tensor, v_heads_last: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-1).permute(0, 2, 3, 1) @ v_heads_last[:, :1]
+
+
+@refused("not_attention")
+def softmax_over_features_of_a_head(q_heads_last: Tensor, v: Tensor) -> Tensor:
+    """As linear attention has it: the axis of the softmax comes out of a view, and no product comes before it."""
+    q, k = q_heads_last.flatten(2).unflatten(-1, (H, -1)).transpose(1, 2).chunk(2, -1)
+    return q.softmax(-1) @ (k.transpose(-2, -1) @ v[:, :, :LQ])
 
 
 @refused("softmax_dim_unknown")
@@ -279,6 +292,11 @@ def sdpa_without_values(q: Tensor, k: Tensor) -> Tensor:
     return torch.ops.aten.scaled_dot_product_attention.default(q, k, None)
 
 
+@refused("nested_tensor", symbolic=True)
+def sdpa_of_sequences_of_several_lengths(q: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, NESTED, NESTED, scale=1.0)
+
+
 @refused("opaque_call")
 def multi_head_attention(x: Tensor, packed: Tensor, packed_bias: Tensor, output: Tensor) -> Tensor:
     return F.multi_head_attention_forward(
@@ -373,7 +391,7 @@ class TestSentences(TestCase):
             """\
 not_attention: no product of query and key leads to softmax: sigmoid (call_method: sigmoid)
 softmax_not_over_keys: softmax runs over a batch or head axis of matmul
-product_not_over_keys: matmul_1 does not sum over the axis of the softmax
+softmax_not_over_keys: matmul_1 sums over the keys, and the softmax runs over the queries
 softmax_dim_unknown: softmax does not say over which dimension it runs
 einsum_not_a_product: einsum is not an einsum of two tensors""",
         )
