@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from .dialect import Kind, read
 
@@ -30,8 +31,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     elif isinstance(target, torch._ops.OpOverloadPacket):
         for overload in target.overloads():
             written += _written_by_schema(node, getattr(target, overload)._schema)
-    elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
-        written.append(node.args[0])
+    elif getattr(target, "__module__", None) == "_operator":  # whose and_ and or_ are no in-place operations
+        written += node.args[:1] if target in _IN_PLACE_OPERATORS else []
     elif not _is_torch_function(target):
         return node.all_input_nodes  # a function that nothing is known of, or one with graphs inside
     else:
@@ -82,8 +83,22 @@ def _inplace_position(target: Any) -> int | None:
 
 
 _CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in _ARITHMETIC}
+_ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+_IN_PLACE_OPERATORS = {operator.setitem, *(getattr(operator, f"i{name}") for name in _ARITHMETIC)}
 _IN_PLACE_DUNDERS = {*(f"__i{name}__" for name in _ARITHMETIC), "__setitem__"}
 
 
@@ -116,7 +131,8 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
         current = pending.pop()
         call = read(current)
         sources: list[fx.Node] = []
-        if call is None or call.in_place or call.kind not in _FRESH:
+        is_fresh = call is not None and not call.in_place and call.kind in _FRESH
+        if not is_fresh and not _has_own_storage(current):
             sources = current.all_input_nodes
         if not sources or current.op in ("placeholder", "get_attr"):
             roots.add(current)
@@ -125,3 +141,29 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
                 seen.add(source)
                 pending.append(source)
     return roots
+
+
+def _has_own_storage(node: fx.Node) -> bool:
+    """Whether tracing, which ran the same function of torch on fake tensors, saw a storage that no argument has."""
+    is_known = node.op == "call_method" or (
+        node.op == "call_function"
+        and (
+            node.target.namespace == "aten"
+            if isinstance(node.target, torch._ops.OpOverload)
+            else _is_torch_function(node.target)
+        )
+    )
+    own = _storages(node)
+    others = [_storages(x) for x in node.all_input_nodes]
+    return is_known and bool(own) and all(other is not None and own.isdisjoint(other) for other in others)
+
+
+def _storages(node: fx.Node) -> set[int] | None:
+    """The storages of the tensors that tracing recorded as a node's value; None if it recorded none."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if value is None:
+        return None
+    tensors = [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+    if any(x.layout != torch.strided for x in tensors):
+        return None
+    return {x.untyped_storage()._cdata for x in tensors}

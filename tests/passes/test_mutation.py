@@ -336,6 +336,7 @@ WRITES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "overload": (lambda x, y: torch.ops.aten.copy_.default(x, y), ["x"]),
     "nothing": (lambda x, y: x + y, []),
     "comparison": (lambda x, y: x.__eq__(y), []),
+    "conjunction": (lambda x, y: x & y, []),
     "contiguous": (lambda x, y: x.contiguous(), []),
 }
 
