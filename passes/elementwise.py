@@ -18,7 +18,7 @@ from topk_fx.score.language import Call as Operation
 from topk_fx.score.operations import CAST_DTYPES
 
 from .dialect import Call, Kind, read
-from .values import dtype_of, is_scalar
+from .values import dtype_of, is_scalar, shape_of
 
 aten = torch.ops.aten
 
@@ -69,6 +69,9 @@ _spell(_BINARY, "logical_xor", "logical_xor")
 _spell(_BINARY, "floor_div", "floor_divide", other=(operator.floordiv, "__floordiv__"))
 _spell(_BINARY, "remainder", "remainder", other=(operator.mod, "__mod__"))
 _spell(_BINARY, "pow", "pow", other=(operator.pow,))
+_EXTREMA: dict[Any, str] = {}
+_spell(_EXTREMA, "maximum", "max")
+_spell(_EXTREMA, "minimum", "min")
 _MODULES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid", nn.Softsign: "softsign", nn.LogSigmoid: "log_sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -96,8 +99,18 @@ def read_elementwise(node: fx.Node) -> Operation | None:
             return None
         if name is not None and _has_arguments(node, count):
             return Operation(name, _arguments(node, count))
+    if (name := _EXTREMA.get(target)) is not None:  # of two tensors, and not over a dimension
+        both = (*node.args, *node.kwargs.values())
+        return Operation(name, both) if len(both) == 2 and all(shape_of(x) is not None for x in both) else None
     call = read(node)
     return None if call is None or call.in_place else _read_dialect(call)
+
+
+def read_in_place(call: Call) -> Operation | None:
+    """The operation whose result an in-place call leaves in its input, in the input's dtype; None if it is none."""
+    operation = _read_dialect(call)
+    dtype = str(dtype_of(call.node)).removeprefix("torch.")
+    return Operation(dtype, (operation,)) if operation is not None and dtype in CAST_DTYPES else None
 
 
 def _target(node: fx.Node) -> Any:
