@@ -18,7 +18,6 @@ from topk_fx.score.language import Call as Operation
 from topk_fx.score.operations import CAST_DTYPES
 
 from .dialect import Call, Kind, read
-from .mutation import FRESH
 from .values import dtype_of, is_scalar, shape_of
 
 aten = torch.ops.aten
@@ -70,10 +69,9 @@ _spell(_BINARY, "logical_xor", "logical_xor")
 _spell(_BINARY, "floor_div", "floor_divide", other=(operator.floordiv, "__floordiv__"))
 _spell(_BINARY, "remainder", "remainder", other=(operator.mod, "__mod__"))
 _spell(_BINARY, "pow", "pow", other=(operator.pow,))
-_REDUCTIONS = {torch.min, torch.max, "min", "max", aten.min, aten.max}
-"""Of one tensor these are no elementwise operations."""
-_spell(_BINARY, "minimum", "min")
-_spell(_BINARY, "maximum", "max")
+_EXTREMA: dict[Any, str] = {}
+_spell(_EXTREMA, "maximum", "max")
+_spell(_EXTREMA, "minimum", "min")
 _MODULES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid", nn.Softsign: "softsign", nn.LogSigmoid: "log_sigmoid", nn.Tanh: "tanh", nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -99,22 +97,23 @@ def read_elementwise(node: fx.Node) -> Operation | None:
             name = table.get(target)
         except TypeError:
             return None
-        if target in _REDUCTIONS and not all(isinstance(x, fx.Node) and shape_of(x) is not None for x in node.args):
-            name = None
         if name is not None and _has_arguments(node, count):
             return Operation(name, _arguments(node, count))
+    if (name := _EXTREMA.get(target)) is not None:  # of two tensors, and not over a dimension
+        both = (*node.args, *node.kwargs.values())
+        return Operation(name, both) if len(both) == 2 and all(shape_of(x) is not None for x in both) else None
     call = read(node)
-    return None if call is None or _writes(call) else _read_dialect(call)
+    is_written = call is not None and call.in_place and isinstance(call.get("input"), fx.Node)
+    return None if call is None or is_written else _read_dialect(call)
 
 
-def _writes(call: Call) -> bool:
-    """Whether a call writes to a tensor that anything else may read."""
-    written = call.get("input")
-    if not call.in_place or not isinstance(written, fx.Node):
-        return False  # an in-place operator on a number makes a new tensor
-    source = read(written)
-    is_fresh = source is not None and source.kind in FRESH
-    return not is_fresh or any(user is not call.node for user in written.users)
+def read_in_place(call: Call) -> Operation | None:
+    """The operation whose result an in-place call leaves in its input, in the input's dtype; None if it is none."""
+    operation = _read_dialect(call)
+    if operation is None or all(dtype_of(x) == dtype_of(call.node) for x in call.node.all_input_nodes):
+        return operation
+    dtype = str(dtype_of(call.node)).removeprefix("torch.")
+    return Operation(dtype, (operation,)) if dtype in CAST_DTYPES else None
 
 
 def _target(node: fx.Node) -> Any:

@@ -104,7 +104,8 @@ class Meaning:
             found = reader.read(term.node)
         except NotReadable:
             return term
-        if not isinstance(found, (Call, Term)) or not self._may_replay(reader, term.node):
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        if not (is_number or isinstance(found, (Call, Term))) or not self._may_replay(reader, term.node):
             return term
         self.replayed |= reader.replayed
         if isinstance(found, Term):

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from .dialect import Kind, read
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments whose values a node writes to, or may write to."""
-    if node.op in ("placeholder", "get_attr", "output") or node.target in _CHANGE_NO_VALUE:
+    if node.op in ("placeholder", "get_attr", "output") or node.target in _CHANGES_NO_VALUE:
         return []
     if node.op == "call_method":
         name = str(node.target)
@@ -30,10 +31,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     elif isinstance(target, torch._ops.OpOverloadPacket):
         for overload in target.overloads():
             written += _written_by_schema(node, getattr(target, overload)._schema)
-    elif target in _IN_PLACE_OPERATORS or target is operator.setitem:
-        written.append(node.args[0])
-    elif getattr(target, "__module__", "") == operator.add.__module__:
-        pass  # operator.and_ and operator.or_ have their names because Python keeps the plain ones for itself
+    elif getattr(target, "__module__", None) == "_operator":  # whose and_ and or_ are no in-place operations
+        written += node.args[:1] if target in _IN_PLACE_OPERATORS else []
     elif isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if _body_may_write(node) else []
     elif not _is_torch_function(target):
@@ -99,9 +98,10 @@ def _inplace_position(target: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-_CHANGE_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in _ARITHMETIC}
+_CHANGES_NO_VALUE = {"detach_", "requires_grad_", "retain_grad", torch.ops.aten.detach_.default}
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift",
+               "rshift")  # fmt: skip
+_IN_PLACE_OPERATORS = {operator.setitem, *(getattr(operator, f"i{name}") for name in _ARITHMETIC)}
 _IN_PLACE_DUNDERS = {*(f"__i{name}__" for name in _ARITHMETIC), "__setitem__"}
 
 
@@ -111,23 +111,14 @@ def is_mutated(node: fx.Node, depth: int = 4) -> bool:
         if node in mutated_arguments(user):
             return True
         call = read(user)
-        may_be_view = user.op in ("call_function", "call_method") and (call is None or call.kind not in FRESH)
+        may_be_view = user.op in ("call_function", "call_method") and (call is None or call.kind not in _FRESH)
         if may_be_view and depth and is_mutated(user, depth - 1):
             return True
     return False
 
 
-def is_taken_over(node: fx.Node) -> bool:
-    """Whether the only use of a new tensor is an in-place operation on it, whose result is used in its place."""
-    call, users = read(node), list(node.users)
-    if call is None or call.kind not in FRESH or (call.in_place and isinstance(call.get("input"), fx.Node)):
-        return False
-    user = read(users[0]) if len(users) == 1 else None
-    return user is not None and user.in_place and user.get("input") is node and not is_mutated(user.node)
-
-
 # Results that share no memory with an argument, so that a later write to one does not reach the other.
-FRESH = {
+_FRESH = {
     Kind.MATMUL, Kind.BADDBMM, Kind.ADDMM, Kind.EINSUM, Kind.LINEAR, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION,
     Kind.ADD, Kind.ADDCMUL, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.EXP, Kind.SUM,
     Kind.AMAX, Kind.MASKED_FILL, Kind.WHERE, Kind.RELU, Kind.GELU, Kind.SILU, Kind.POW, Kind.REPEAT_INTERLEAVE,
@@ -143,7 +134,8 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
         current = pending.pop()
         call = read(current)
         sources: list[fx.Node] = []
-        if call is None or call.in_place or call.kind not in FRESH:
+        is_fresh = call is not None and not call.in_place and call.kind in _FRESH
+        if not is_fresh and not _has_own_storage(current):
             sources = current.all_input_nodes
         if not sources or current.op in ("placeholder", "get_attr"):
             roots.add(current)
@@ -152,3 +144,29 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
                 seen.add(source)
                 pending.append(source)
     return roots
+
+
+def _has_own_storage(node: fx.Node) -> bool:
+    """Whether tracing, which ran the same function of torch on fake tensors, saw a storage that no argument has."""
+    is_known = node.op == "call_method" or (
+        node.op == "call_function"
+        and (
+            node.target.namespace == "aten"
+            if isinstance(node.target, torch._ops.OpOverload)
+            else _is_torch_function(node.target)
+        )
+    )
+    own = _storages(node)
+    others = [_storages(x) for x in node.all_input_nodes]
+    return is_known and bool(own) and all(other is not None and own.isdisjoint(other) for other in others)
+
+
+def _storages(node: fx.Node) -> set[int] | None:
+    """The storages of the tensors that tracing recorded as a node's value; None if it recorded none."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if value is None:
+        return None
+    tensors = [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+    if any(x.layout != torch.strided for x in tensors):
+        return None
+    return {x.untyped_storage()._cdata for x in tensors}

@@ -9,6 +9,7 @@ a lowering evaluates where it stands. The same walk reads a stretch of the score
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ from topk_fx.score.operations import CAST_DTYPES, OPERATIONS
 from .axes import same_shape
 from .constants import Constants
 from .dialect import Kind, read
-from .elementwise import read_elementwise
-from .mutation import is_mutated, is_taken_over
+from .elementwise import read_elementwise, read_in_place
+from .mutation import is_mutated, storage_roots
 from .sites import Term
 from .values import dtype_of, is_scalar, shape_of, value_of
 
@@ -74,6 +75,7 @@ class RegionReader:
     Args:
         frame: the axes to which the tensor broadcasts.
         sources: nodes that have an expression already: the scores.
+        overwritten: nodes that an in-place call wrote to after they were read, and that nothing else reads.
         inside: nodes that must be read, since they depend on `sources`.
         tensors_allowed: whether a tensor of queries x keys that cannot be read may be a leaf.
     """
@@ -86,6 +88,7 @@ class RegionReader:
     constants: Constants = dataclasses.field(default_factory=Constants)
     replayed: set[fx.Node] = dataclasses.field(default_factory=set)
     leaves: set[fx.Node] = dataclasses.field(default_factory=set)
+    overwritten: set[fx.Node] = dataclasses.field(default_factory=set)
     _known: dict[tuple[fx.Node, Axes], Expression] = dataclasses.field(default_factory=dict)
 
     def read(self, node: fx.Node) -> Expression:
@@ -124,7 +127,7 @@ class RegionReader:
             return self._read_small(x, axes)
         if not self.tensors_allowed:
             return self._expand(x, axes)
-        reader = RegionReader(self.frame, constants=self.constants)
+        reader = RegionReader(self.frame, constants=self.constants, overwritten=self.overwritten)
         try:
             found = reader._read(x, axes)
         except NotReadable:
@@ -137,7 +140,7 @@ class RegionReader:
         """A position if it is made of nothing else, or else the tensor as it is."""
         if self.positions_only:
             return self._expand(x, axes)
-        reader = RegionReader(self.frame, positions_only=True, constants=self.constants)
+        reader = RegionReader(self.frame, positions_only=True, constants=self.constants, overwritten=self.overwritten)
         try:
             found = reader._expand(x, axes)
         except NotReadable:
@@ -149,13 +152,15 @@ class RegionReader:
     def _leaf(self, x: fx.Node, axes: Axes) -> Term:
         if self.positions_only and not is_scalar(x):
             raise NotReadable(f"{x.name} is no position")
+        if x in self.overwritten:
+            raise NotReadable(f"{x.name} is written to")
         self.leaves.add(x)
         order = tuple(axes.index(axis) if axis in axes else None for axis in range(self.frame.rank))
         is_aligned = axes == self.frame.aligned(len(axes))
         return Term(x, self.frame.stage, order=None if is_aligned or not axes else order)
 
     def _expand(self, x: fx.Node, axes: Axes) -> Expression:
-        if is_mutated(x) and not is_taken_over(x):
+        if x not in self.overwritten and is_mutated(x):
             raise NotReadable(f"{x.name} is written to")
         for expand in (
             self._constant,
@@ -281,7 +286,7 @@ class RegionReader:
         return None
 
     def _elementwise(self, x: fx.Node, axes: Axes) -> Expression | None:
-        operation = read_elementwise(x)
+        operation = read_elementwise(x) or self._in_place(x)
         if operation is None:
             return None
         source = operation.arguments[0]
@@ -290,6 +295,17 @@ class RegionReader:
         _check_promotion(x, operation)
         expression = self._operation(operation, axes, dtype_of(x))
         return _typed(expression, dtype_of(x)) if isinstance(expression, (bool, int, float)) else expression
+
+    def _in_place(self, x: fx.Node) -> Call | None:
+        """What an in-place call leaves in a tensor that was made for it: one with no other user and its own memory."""
+        call = read(x)
+        source = call.get("input") if call is not None and call.in_place else None
+        if call is None or not isinstance(source, fx.Node) or len(source.users) > 1:
+            return None
+        if storage_roots(source) != {source} or source.op in ("placeholder", "get_attr"):
+            return None
+        self.overwritten.add(source)
+        return read_in_place(call)
 
     def _operation(self, operation: Call, axes: Axes, dtype: torch.dtype | None) -> Expression:
         arguments: list[Expression] = []
@@ -429,22 +445,26 @@ def _is_whole(index: Any) -> bool:
     )
 
 
+_CONDITIONS = {"where": 0, "keep": 1, "fill": 1}
+"""The argument that chooses, whose dtype the result does not take."""
+
+
 def _check_promotion(x: fx.Node, operation: Call) -> None:
-    """NotReadable where a tensor without axes would take part in type promotion once it has some."""
+    """NotReadable where a tensor without axes would promote to another dtype once it has some."""
     dtypes: dict[bool, list[torch.dtype]] = {True: [], False: []}
-    condition = {"where": 0, "keep": 1, "fill": 1}.get(operation.name)
-    pending = [argument for n, argument in enumerate(operation.arguments) if n != condition]
+    pending = [operation]
     while pending:
-        argument = pending.pop()
-        if isinstance(argument, Call):
-            pending += argument.arguments
-        elif isinstance(argument, fx.Node) and (dtype := dtype_of(argument)) is not None:
-            dtypes[bool(shape_of(argument))].append(dtype)
-    wide, narrow = dtypes[True], dtypes[False]
-    if not wide or not narrow:
+        call = pending.pop()
+        for position, argument in enumerate(call.arguments):
+            if isinstance(argument, Call):
+                pending.append(argument)
+            elif isinstance(argument, fx.Node) and position != _CONDITIONS.get(call.name):
+                dtype = dtype_of(argument)
+                dtypes[bool(shape_of(argument))] += [] if dtype is None else [dtype]
+    if not dtypes[True] or not dtypes[False]:
         return
-    promoted = wide[0]
-    for dtype in wide[1:]:
-        promoted = torch.promote_types(promoted, dtype)
-    if any(torch.promote_types(promoted, dtype) != promoted for dtype in narrow):
+    wide, narrow = (functools.reduce(torch.promote_types, dtypes[has_axes]) for has_axes in (True, False))
+    if torch.result_type(torch.empty(1, dtype=wide), torch.empty((), dtype=narrow)) != torch.promote_types(
+        wide, narrow
+    ):
         raise NotReadable(f"{x.name} mixes dtypes with a tensor that has no axes")

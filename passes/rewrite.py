@@ -18,7 +18,7 @@ from topk_fx.score.language import SCORES, Binding, Call, Expression, Name, Oper
 from .dialect import Kind, read
 from .emit import EmitError, Emitter
 from .layout import Layout
-from .mutation import mutated_arguments
+from .mutation import mutated_arguments, storage_roots
 from .sites import AttentionSite, Factor, FFNSite, LinearLayer, ScoreStep, Term
 from .values import dtype_of, is_scalar, rank_of, shape_of, value_of
 
@@ -390,8 +390,8 @@ def _erase_dead(nodes: Sequence[fx.Node]) -> None:
         node = pending.pop()
         if node in erased or node.users or node.op in ("placeholder", "output") or node.is_impure():
             continue
-        if mutated_arguments(node):
-            continue
+        if any(x.users.keys() != {node} or storage_roots(x) != {x} for x in mutated_arguments(node)):
+            continue  # what it writes is seen
         pending += node.all_input_nodes
         node.graph.erase_node(node)
         erased.add(node)

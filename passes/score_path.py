@@ -116,6 +116,8 @@ class ScorePath:
             if call is not None and call.kind == Kind.CAT:
                 source = self._cut_sink(call, events, key_axis)
             elif call is not None and call.kind in MOVES:
+                if not _may_lead_to_product(node):
+                    raise self._no_product(node)
                 source = call["input"]
                 key_axis = self._move_back(call, key_axis, events)
             else:

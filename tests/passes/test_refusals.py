@@ -67,6 +67,19 @@ def router(x: Tensor, up: Tensor) -> Tensor:
 
 
 @refused("not_attention")
+def router_over_the_best_experts(x: Tensor, up: Tensor) -> Tensor:
+    return F.linear(x, up).topk(3, dim=-1)[0].softmax(-1)
+
+
+@refused("not_attention")
+def dynamic_convolution(x: Tensor, up: Tensor) -> Tensor:
+    """ConvBert's: the kernel of each position and head is a softmax of a linear layer."""
+    kernel = F.linear(x, up).reshape(-1, 4, 1).softmax(1)
+    windows = x.reshape(-1, 2, 1).expand(-1, 2, 4)
+    return windows @ kernel
+
+
+@refused("not_attention")
 def attention_pooling_by_one_vector(x: Tensor) -> Tensor:
     return ((x @ x[0, 0]).softmax(-1).unsqueeze(-2) @ x).squeeze(-2)
 
