@@ -114,7 +114,8 @@ class Meaning:
             return found
         if isinstance(term.multiplier, fx.Node):
             return term
-        return Call("mul", (Call("float32", (found,)), float(-term.multiplier if term.negated else term.multiplier)))
+        compute = "float64" if dtype_of(self.output) == torch.float64 else "float32"
+        return Call("mul", (Call(compute, (found,)), float(-term.multiplier if term.negated else term.multiplier)))
 
     def _stretch(self, stretch: Stretch, frame: Frame | None) -> Expression:
         if frame is None:
