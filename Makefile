@@ -1,5 +1,6 @@
 # make test    lint, type check and tests         make demo    the demo on SmolLM2-135M
-# make lint    ruff and mypy                      make clean   remove what the other targets wrote, but no virtual environment
+# make lint    ruff and mypy                      make zoo     tiny models of every Hugging Face architecture against dense
+# make clean   remove what the other targets wrote, but no virtual environment
 #
 # Each makes its virtual environment first: .venv with the versions of constraints.txt, or, with TORCH=2.15.0, another one
 # named after that version. pip decides by its own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf) where packages come
@@ -10,6 +11,7 @@ PINNED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH ?= $(PINNED_TORCH)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+ZOO_ARGS ?=
 
 ifeq ($(TORCH),$(PINNED_TORCH))
 VENV := .venv
@@ -30,10 +32,10 @@ INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --constraint $(VENV)/cons
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help test lint typecheck demo clean distclean
+.PHONY: help test lint typecheck demo zoo clean distclean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 test: lint
 	@echo "== pytest (torch $(TORCH))"
@@ -56,6 +58,9 @@ typecheck: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+zoo: $(VENV)/.test
+	@$(BIN)/python examples/zoo.py $(ZOO_ARGS)
 
 $(VENV)/.torch-$(TORCH):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -86,7 +91,8 @@ $(VENV)/.demo: $(VENV)/constraints.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache examples/results
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find examples/results -type f ! -name zoo.md -delete 2>/dev/null || true
 	find topk_fx passes lowering tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
