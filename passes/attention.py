@@ -9,6 +9,7 @@ used by nothing else. What does not fit is refused with the first reason found.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         return Refusal("causal_not_static", f"is_causal of {call.node.name} is known only at run time", call.node)
     if not all(isinstance(call.get(name), fx.Node) for name in ("query", "key", "value")):
         return Refusal("not_tensors", f"an input of {call.node.name} is no tensor", call.node)
+    output = _sdpa_output(call)
+    if output is None:
+        return Refusal(
+            "scores_used_elsewhere", f"the logarithm of the sums that {call.node.name} gives is used", call.node
+        )
     if mask is not None:
         steps.append(ScoreStep("mask", (Term(mask, stage=0),)))
     if is_causal:
@@ -61,7 +67,7 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
     steps = list(Meaning(order, call.node).of(steps, [layout]))
     return AttentionSite(
         anchor=call.node,
-        output=call.node,
+        output=output,
         query=Factor(call["query"]),
         key=key,
         value=value,
@@ -77,12 +83,20 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         dropout_p=dropout_p,
         dropout_module=None,
         zero_empty_rows=True,
-        interior=(call.node,),
+        interior=(call.node,) if output is call.node else (call.node, *call.node.users),
         sizes=(),
         scores_shape=None if shape is None or key_shape is None else (*shape[:-1], key_shape[-2]),
         head_size=None if shape is None else shape[-1],
         value_size=_last_size(call["value"]),
     )
+
+
+def _sdpa_output(call: Call) -> fx.Node | None:
+    """The node of what an SDPA call computes; None if its kernel's other result, of each row, is used too."""
+    if call.node.target is not torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return call.node
+    used = [user for user in call.node.users if user.users]
+    return used[0] if len(used) == 1 and used[0].target is operator.getitem and used[0].args[1] == 0 else None
 
 
 def _read(softmax: Softmax, trace: Trace) -> AttentionSite:

@@ -279,7 +279,7 @@ def sdpa_without_values(q: Tensor, k: Tensor) -> Tensor:
     return torch.ops.aten.scaled_dot_product_attention.default(q, k, None)
 
 
-@refused("opaque_call")
+@refused("opaque_call", symbolic=True)
 def multi_head_attention(x: Tensor, packed: Tensor, packed_bias: Tensor, output: Tensor) -> Tensor:
     return F.multi_head_attention_forward(
         x, x, x, 8, 2, packed, packed_bias, None, None, False, 0.0, output, None, need_weights=False
@@ -409,7 +409,11 @@ two_dropouts: dropout_1 (call_function: dropout) is a second dropout on the same
 
     def test_surroundings(self) -> None:
         found = self.sentences(
-            gradient_stopped_at_softmax, key_written_between, sdpa_causal_by_argument, multi_head_attention
+            gradient_stopped_at_softmax,
+            key_written_between,
+            sdpa_causal_by_argument,
+            multi_head_attention,
+            CallsAttentionModule,
         )
         self.assertExpectedInline(
             found,
