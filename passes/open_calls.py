@@ -195,7 +195,7 @@ def _inline(emit: Emitter, traced: fx.GraphModule, inputs: Sequence[fx.Node], de
         if within is not None:
             _enter(copy, within)
             within = None if arguments[within.last] in reads else within
-    outputs = [copies.get(node) for node in traced.graph.output_node().args[0]]  # type: ignore[union-attr, arg-type]
+    outputs = [copies.get(node) for node in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
     if None in outputs:
         raise OpenError(f"{call.name} is one call, and a result of it that is used is no tensor")
     return outputs  # type: ignore[return-value]
