@@ -9,6 +9,7 @@ used by nothing else. What does not fit is refused with the first reason found.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         return Refusal("not_tensors", f"an input of {call.node.name} is no tensor", call.node)
     if any(is_nested(call[name]) for name in ("query", "key", "value")):
         return Refusal("nested_tensor", f"{call.node.name} attends within sequences of several lengths", call.node)
+    output = _sdpa_output(call)
+    if output is None:
+        return Refusal(
+            "scores_used_elsewhere", f"the logarithm of the sums that {call.node.name} gives is used", call.node
+        )
     if mask is not None:
         steps.append(ScoreStep("mask", (Term(mask, stage=0),)))
     if is_causal:
@@ -64,7 +70,7 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
     steps = list(meaning.of(steps, [layout]))
     return AttentionSite(
         anchor=call.node,
-        output=call.node,
+        output=output,
         query=Factor(call["query"]),
         key=key,
         value=value,
@@ -80,13 +86,21 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         dropout_p=dropout_p,
         dropout_module=None,
         zero_empty_rows=True,
-        interior=(call.node,),
+        interior=(call.node,) if output is call.node else (call.node, *call.node.users),
         replayed=tuple(sorted(meaning.replayed, key=order.__getitem__)),
         sizes=(),
         scores_shape=None if shape is None or key_shape is None else (*shape[:-1], key_shape[-2]),
         head_size=None if shape is None else shape[-1],
         value_size=_last_size(call["value"]),
     )
+
+
+def _sdpa_output(call: Call) -> fx.Node | None:
+    """The node of what an SDPA call computes; None if its kernel's other result, of each row, is used too."""
+    if call.node.target is not torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return call.node
+    used = [user for user in call.node.users if user.users]
+    return used[0] if len(used) == 1 and used[0].target is operator.getitem and used[0].args[1] == 0 else None
 
 
 def _read(softmax: Softmax, trace: Trace) -> AttentionSite:

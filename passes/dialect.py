@@ -192,7 +192,9 @@ _row(Kind.ADDCMUL, "input tensor1 tensor2 value", torch.addcmul, "addcmul", aten
 _row(Kind.LOGSUMEXP, "input dim keepdim", torch.logsumexp, "logsumexp", aten.logsumexp, torch.special.logsumexp)
 _row(Kind.FILLED_LIKE, "input fill_value", torch.full_like, aten.full_like)
 _row(Kind.FILLED_LIKE, "input", torch.zeros_like, torch.ones_like, aten.zeros_like, aten.ones_like)
-_row(Kind.OPAQUE, "input", F.softmin, aten._scaled_dot_product_flash_attention_for_cpu,
+_row(Kind.ATTENTION, "query key value dropout_p is_causal attn_mask scale",
+     aten._scaled_dot_product_flash_attention_for_cpu)  # fmt: skip
+_row(Kind.OPAQUE, "input", F.softmin,
      aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
      aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_attention_math,
      torch.ops.higher_order.flex_attention)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,17 +38,31 @@ class Emitter:
         """A call_function node; its fake value is computed from those of its arguments."""
         with self.graph.inserting_before(self.before):
             node = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        self.emitted.append(node)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self.before.meta:
-                node.meta[key] = self.before.meta[key]
+        self._register(node)
         if self.value_key is not None:
-            fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), self._fake_value)
+            fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), self.fake_value)
             with self.fake_mode or contextlib.nullcontext(), torch.no_grad(), _no_autocast():
                 node.meta[self.value_key] = target(*fake_args, **fake_kwargs)
         return node
 
-    def _fake_value(self, node: fx.Node) -> Any:
+    def copy(self, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """A call of a graph of make_fx, on the copies of its arguments, with the value recorded for it."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
+        with self.graph.inserting_before(self.before):
+            copy = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        self._register(copy)
+        if self.value_key is not None and "val" in node.meta:
+            copy.meta[self.value_key] = node.meta["val"]
+        return copy
+
+    def _register(self, node: fx.Node) -> None:
+        self.emitted.append(node)
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+
+    def fake_value(self, node: fx.Node) -> Any:
+        """What was recorded for a node, as a value of the graph's fake mode."""
         value = value_of(node)
         if self.fake_mode is None or not isinstance(value, torch.Tensor):
             return value

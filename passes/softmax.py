@@ -1,8 +1,9 @@
-"""softmax in its spellings: the function, log_softmax().exp(), and exp(x) / exp(x).sum() written out."""
+"""softmax in its spellings: the function, log_softmax().exp(), exp(x) / exp(x).sum(), and rows of -inf made 0."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import fx
 
 from .dialect import Call, Kind, read
 from .mutation import is_mutated
+from .values import constant_of, filled_like
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +35,42 @@ def read_softmax(call: Call) -> Softmax | None:
     match call.kind:
         case Kind.SOFTMAX:
             is_safe = call.node.target in (torch.ops.aten._safe_softmax.default, torch._safe_softmax)
-            return Softmax(call["input"], call.get("dim"), call.node, (call.node,), zero_empty_rows=is_safe)
+            softmax = Softmax(call["input"], call.get("dim"), call.node, (call.node,), zero_empty_rows=is_safe)
+            return _with_empty_rows_zeroed(softmax) or softmax
         case Kind.EXP:
             return _exp_of_log_softmax(call) or _exp_minus_logsumexp(call)
         case Kind.DIV:
             return _exp_over_sum(call)
     return None
+
+
+def _with_empty_rows_zeroed(softmax: Softmax) -> Softmax | None:
+    """where(~(x != -inf).any(dim, keepdim=True), 0, softmax(x)), which _safe_softmax decomposes to."""
+    for user in softmax.output.users:
+        call = read(user)
+        if call is None or call.kind != Kind.WHERE or call.get("other") is not softmax.output:
+            continue
+        zero = call["input"]
+        is_zero = constant_of(zero) == 0 or (isinstance(zero, fx.Node) and filled_like(zero, softmax.output) == 0)
+        empty = _is_empty(call["condition"], softmax)
+        if is_zero and empty is not None:
+            filled = [zero] if isinstance(zero, fx.Node) and softmax.output in zero.all_input_nodes else []
+            interior = (*softmax.interior, *empty, *filled, user)
+            return dataclasses.replace(softmax, output=user, interior=interior, zero_empty_rows=True)
+    return None
+
+
+def _is_empty(condition: Any, softmax: Softmax) -> list[fx.Node] | None:
+    """The nodes that compute whether a row of a softmax's input is -inf everywhere, if `condition` is that."""
+    nodes: list[fx.Node] = []
+    for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default, aten.eq.Scalar):
+        if not isinstance(condition, fx.Node) or condition.target is not target:
+            return None
+        nodes.append(condition)
+        condition = condition.args[0]
+    _, row, _, infinite = nodes
+    is_row = row.args[1:] == (softmax.dim, True) and infinite.args[1] == -math.inf
+    return nodes[::-1] if condition is softmax.input and is_row else None
 
 
 def _exp_of_log_softmax(exp: Call) -> Softmax | None:
@@ -51,16 +85,51 @@ def _exp_minus_logsumexp(exp: Call) -> Softmax | None:
     shift = read(exp["input"])
     if shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
         return None
-    total = read(shift.get("other"))
-    if (
-        total is None
-        or total.kind != Kind.LOGSUMEXP
-        or total["input"] is not shift["input"]
-        or not total.get("keepdim")
-    ):
+    total = _logsumexp(shift["input"], shift.get("other"))
+    if total is None:
         return None
-    dim = _one_dim(total.get("dim"))
-    return None if dim is None else Softmax(shift["input"], dim, exp.node, (total.node, shift.node, exp.node))
+    dim, interior = total
+    return Softmax(shift["input"], dim, exp.node, (*interior, shift.node, exp.node))
+
+
+def _logsumexp(x: Any, total: Any) -> tuple[int, list[fx.Node]] | None:
+    """Over which dimension `total` is the logsumexp of x, kept as a dimension, and the nodes that compute it.
+
+    Also as it decomposes: log(sum(exp(x - m))) + m, where m is the maximum, or 0 where that is infinite.
+    """
+    call = read(total)
+    if call is not None and call.kind == Kind.LOGSUMEXP:
+        dim = _one_dim(call.get("dim"))
+        return None if dim is None or call["input"] is not x or not call.get("keepdim") else (dim, [call.node])
+    if call is None or call.kind != Kind.ADD or call.get("alpha", 1) != 1:
+        return None
+    log, maximum = call["input"], read(call.get("other"))
+    if not isinstance(log, fx.Node) or log.target is not aten.log.default or maximum is None:
+        return None
+    sums = read(log.args[0])
+    exp = read(sums["input"]) if sums is not None and sums.kind == Kind.SUM and sums.get("keepdim") else None
+    shift = read(exp["input"]) if exp is not None and exp.kind == Kind.EXP else None
+    if sums is None or exp is None or shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
+        return None
+    found = _finite_maximum(x, maximum)
+    dim = _one_dim(sums.get("dim"))
+    if found is None or dim is None or found[0] != dim or (shift["input"], shift["other"]) != (x, maximum.node):
+        return None
+    return dim, [*found[1], maximum.node, shift.node, exp.node, sums.node, log, call.node]
+
+
+def _finite_maximum(x: Any, call: Call) -> tuple[Any, list[fx.Node]] | None:
+    """As `maximum_over`, of where(abs(maximum) == inf, 0, maximum), without its own node."""
+    if call.kind != Kind.WHERE or constant_of(call["input"]) != 0:
+        return None
+    infinite = call["condition"]
+    if not isinstance(infinite, fx.Node) or infinite.target is not aten.eq.Scalar or infinite.args[1] != math.inf:
+        return None
+    magnitude = infinite.args[0]
+    found = maximum_over(x, call.get("other"))
+    if found is None or not isinstance(magnitude, fx.Node) or magnitude.target is not aten.abs.default:
+        return None
+    return (found[0], [*found[1], magnitude, infinite]) if magnitude.args[0] is call.get("other") else None
 
 
 def _exp_over_sum(div: Call) -> Softmax | None:
@@ -96,7 +165,7 @@ def maximum_over(x: Any, maximum: Any) -> tuple[Any, list[fx.Node]] | None:
     """Over which dimension `maximum` is the maximum of x, kept as a dimension, and the nodes that compute it."""
     nodes: list[fx.Node] = []
     call = read(maximum)
-    if isinstance(maximum, fx.Node) and maximum.target in ("detach", torch.ops.aten.detach.default):
+    if isinstance(maximum, fx.Node) and maximum.target in ("detach", aten.detach.default, aten.alias.default):
         nodes.append(maximum)
         maximum = maximum.args[0]
         call = read(maximum)

@@ -18,9 +18,11 @@ from .dialect import Kind, read
 from .emit import EmitError
 from .ffn import find_ffn
 from .judge import ffn_keep, judge_attention, judge_ffn
+from .open_calls import Autocasts, OpenError, autocasts_of_bodies, can_open, open_call, why_closed
 from .rewrite import rewrite_attention, rewrite_ffn
 from .sites import AttentionSite, FFNSite, Refusal
 from .softmax import read_softmax
+from .trace import Order
 from .values import dtype_of, shape_of, value_of
 from .where import module_path
 
@@ -42,28 +44,57 @@ class TopKPass:
     def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:
         """Rewrites `module` and its child graphs; a graph without a rewritten site is not touched."""
         sites: list[SiteReport] = []
+        autocasts = autocasts_of_bodies(module)
         for child in _graph_modules(module):
-            reports = list(self._rewrite_graph(child.graph))
+            reports = list(self._rewrite_graph(child.graph, autocasts.get(child, ())))
             if any(report.rewritten for report in reports):
                 child.graph.lint()
                 child.recompile()
             sites += reports
         return RewriteReport(tuple(sites), graph_name)
 
-    def _rewrite_graph(self, graph: fx.Graph) -> Iterator[SiteReport]:
+    def _rewrite_graph(self, graph: fx.Graph, autocasts: Autocasts) -> Iterator[SiteReport]:
         order = _positions(graph)
         for node in list(graph.nodes):
             # A site's inputs may be the output of one before, so each is found when those before are rewritten.
-            site = find_site(node, order) if node in order else None
-            if site is None:
+            if node not in order:
                 continue
-            if isinstance(site, Refusal):
-                yield _refused(site)
-                continue
-            report = self._rewrite_attention(site) if isinstance(site, AttentionSite) else self._rewrite_ffn(site)
-            if report.rewritten:
+            reports = list(self._rewrite_inside(node, autocasts) if can_open(node) else self._rewrite_node(node, order))
+            if any(report.rewritten for report in reports):
                 order = _positions(graph)
-            yield report
+            yield from reports
+
+    def _rewrite_node(self, node: fx.Node, order: Order) -> Iterator[SiteReport]:
+        """The report on the candidate that a node anchors, if it does."""
+        site = find_site(node, order)
+        if isinstance(site, Refusal):
+            yield _refused(site)
+        elif isinstance(site, AttentionSite):
+            yield self._rewrite_attention(site)
+        elif site is not None:
+            yield self._rewrite_ffn(site)
+
+    def _rewrite_inside(self, call: fx.Node, autocasts: Autocasts) -> Iterator[SiteReport]:
+        """Opens a call that hides candidates, and closes it again if none of them is rewritten."""
+        try:
+            opened = open_call(call, autocasts)
+        except OpenError as error:
+            yield _refused(Refusal("opaque_call", str(error), call))
+            return
+        reports: list[SiteReport] = []
+        order = _positions(call.graph)
+        for node in opened.nodes:
+            if node in order:
+                reports += self._rewrite_node(node, order)
+                order = _positions(call.graph)
+        if any(report.rewritten for report in reports):
+            opened.commit()
+            yield from reports
+        else:
+            opened.close()
+            for report in reports:
+                detail = f"inside {call.name}: {report.detail}"
+                yield dataclasses.replace(report, node=call.name, detail=detail)
 
     def _rewrite_attention(self, site: AttentionSite) -> SiteReport:
         where = module_path(site.anchor)
@@ -93,7 +124,7 @@ class TopKPass:
         return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts)
 
 
-def find_site(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | FFNSite | Refusal | None:
+def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal | None:
     """The candidate that a node anchors: a softmax, an SDPA call, a down projection, or a call that hides one."""
     call = read(node)
     if call is None:
@@ -104,12 +135,12 @@ def find_site(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | FFNSi
         case Kind.LINEAR:
             return find_ffn(call, order)
         case Kind.OPAQUE:
-            return Refusal("opaque_call", f"{node.name} is one call: what happens inside is not in the graph", node)
+            return Refusal("opaque_call", why_closed(node), node)
     softmax = read_softmax(call)
     return None if softmax is None else find_attention(softmax, order)
 
 
-def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+def _positions(graph: fx.Graph) -> Order:
     return {node: position for position, node in enumerate(graph.nodes)}
 
 

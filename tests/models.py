@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,10 @@ def drawn(*shape: int, seed: int = 20210613) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+_SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+_SDPA = F.scaled_dot_product_attention
+
+
 class KeepingTopK(TorchFunctionMode):
     """Runs eager code with softmax as reference.topk_softmax, and SDPA as reference.attention."""
 
@@ -39,15 +44,24 @@ class KeepingTopK(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax):
+        if func in _SOFTMAXES:
             return self._softmax(func, *args, **kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func is _SDPA:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
             return topk_fx.reference.attention(**dict(zip(names, args, strict=False)), **kwargs, k=self.k)
+        if func is F.multi_head_attention_forward:  # a mode does not see what its own call of a function calls
+            with (
+                mock.patch.object(F, "softmax", self._seen(F.softmax)),
+                mock.patch.object(F, "scaled_dot_product_attention", self._seen(_SDPA)),
+            ):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _seen(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.__torch_function__(func, (), args, kwargs)
+
     def _softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        bound = inspect.signature(F.softmax).bind(scores, *args[:1], **kwargs)
+        bound = inspect.signature(_SOFTMAXES[0]).bind(scores, *args[:1], **kwargs)
         dim, dtype = bound.arguments["dim"], bound.arguments.get("dtype")
         kept = topk_fx.reference.topk_softmax(scores.transpose(dim, -1), self.k).transpose(dim, -1)
         return kept.to(scores.dtype if dtype is None else dtype)
@@ -132,6 +146,14 @@ class ExportTrace(Trace):
 class StrictExportTrace(ExportTrace):
     def __init__(self, model: Callable[..., Any], inputs: Sequence[Any]) -> None:
         super().__init__(model, inputs, strict=True)
+
+
+class DecomposedExportTrace(ExportTrace):
+    """Core ATen: products are bmm of joined batches, and SDPA is a softmax whose empty rows are filled."""
+
+    def __init__(self, model: Callable[..., Any], inputs: Sequence[Any]) -> None:
+        super().__init__(model, inputs)
+        self.program = self.program.run_decompositions()
 
 
 class SymbolicTrace(Trace):

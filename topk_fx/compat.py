@@ -12,6 +12,8 @@ from torch import fx
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
 )
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
 
 from .config import nearest
@@ -50,6 +52,31 @@ def below_autograd() -> Iterator[None]:
     forward_mode = torch.autograd.forward_ad._set_fwd_grad_enabled(True)
     with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(_outer_grad_mode.get()), forward_mode:
         yield
+
+
+class SpecializedError(Exception):
+    """Tracing took a symbolic size for a certain number; the message says which and where."""
+
+
+def trace_to_aten(function: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """A function of fake values, traced to the ATen calls that it makes above autograd and autocast.
+
+    Args:
+        mode: the fake mode of the values, with which their symbolic sizes are kept.
+
+    Raises:
+        SpecializedError: the graph holds for fewer sizes than the values stand for, and nobody would check that. While
+            Dynamo compiles it does, by the guards that it installs afterwards.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    known = len(mode.shape_env.guards) if mode.shape_env is not None else 0
+    with mode, torch.no_grad():
+        traced = make_fx(function, pre_dispatch=True)(*values)
+    guards = mode.shape_env.guards[known:] if mode.shape_env is not None else []
+    if guards and TracingContext.try_get() is None:
+        raise SpecializedError("; ".join(str(guard.expr) for guard in guards))
+    return traced
 
 
 def no_recompile_limit() -> contextlib.AbstractContextManager[None]:

@@ -175,7 +175,7 @@ def _not_a_program(*errors: type[BaseException]) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (errors or (RuntimeError, IndexError, TypeError, ValueError)) as error:
+    except errors or (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise NotAProgram(f"{type(error).__name__}: {error}") from error
 
 
@@ -225,7 +225,7 @@ def _exported(program: Program, inputs: Sequence[Tensor]) -> Callable[[Any], Rew
         def forward(self, *args: Tensor) -> Any:
             return model(*args)
 
-    axes = tuple({axis: Dim.AUTO for axis in found} for found in program.dynamic_axes())
+    axes = tuple(dict.fromkeys(found, Dim.AUTO) for found in program.dynamic_axes())
     exported = torch.export.export(Model(), tuple(inputs), dynamic_shapes=(axes,) if program.dynamic else None)
 
     def rewrite(k: Any) -> Rewritten:
@@ -258,7 +258,9 @@ def _compiled(program: Program, inputs: Sequence[Tensor]) -> Callable[[Any], Rew
     for x, axes in zip(arguments, program.dynamic_axes(), strict=True):
         for axis in axes:
             torch._dynamo.maybe_mark_dynamic(x, axis)
-    compiled = torch.compile(program.model(), backend=record, fullgraph=True, dynamic=None if program.dynamic else False)
+    compiled = torch.compile(
+        program.model(), backend=record, fullgraph=True, dynamic=None if program.dynamic else False
+    )
     running.append(lambda *args: graphs[0](*args))
     compiled(*arguments)
     (graph,) = graphs

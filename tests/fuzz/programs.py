@@ -409,11 +409,18 @@ class Writer:
             return self.bind("s", text), output
         is_whole = len(key_letters) == len(query_letters)
         transposed = key if key_letters[-1] == "j" else self.permuted(key, "jd" if len(key_letters) == 2 else "bhjd"[-len(key_letters):] if len(key_letters) < 5 else "bgrjd", ("jd" if len(key_letters) == 2 else "bhjd"[-len(key_letters):] if len(key_letters) < 5 else "bgrjd")[:-2] + "dj")  # fmt: skip
-        if lead == "bh" and key_letters == "bhjd" and self.inputs.get(key, Input("", "")).axes != "b1jd" and self.chance(5):
+        if (
+            lead == "bh"
+            and key_letters == "bhjd"
+            and self.inputs.get(key, Input("", "")).axes != "b1jd"
+            and self.chance(5)
+        ):
             d = self.sizes["d"]
             left = f"{query}.reshape(B * {self.sizes['h']}, LQ, {d})"
             right = f"{key}.reshape(B * {self.sizes['h']}, LK, {d}).transpose(1, 2)"
-            text = self.choose(f"torch.bmm({left}, {right})", f"{left} @ {right}", f"torch.bmm({left}, {right}).mul(0.5)")
+            text = self.choose(
+                f"torch.bmm({left}, {right})", f"{left} @ {right}", f"torch.bmm({left}, {right}).mul(0.5)"
+            )
             return self.bind("s", text), "nij"
         if key_letters[-1] == "d" and self.chance(8):
             swapped = self.permuted(query, query_letters, query_letters[:-2] + "di")
@@ -708,7 +715,9 @@ class Writer:
             case "heads":
                 subset = "".join(c for c in "nbhgrij" if c in letters and self.chance(3))
                 mask = self.fit(self.input("weight_mask", subset), subset, letters)
-                return self.bind("w", self.choose(f"{w} * {mask}", f"{mask} * {w}", f"{w} / (2 + {mask}.abs())")), letters
+                return self.bind(
+                    "w", self.choose(f"{w} * {mask}", f"{mask} * {w}", f"{w} / (2 + {mask}.abs())")
+                ), letters
             case "point":
                 return self.bind("w", self.choose(
                     f"{w} * 2", f"{w}.nan_to_num()", f"{w}.nan_to_num(0.0)", f"-{w}", f"{w}.sqrt()", f"{w}.square()",
@@ -773,7 +782,11 @@ class Writer:
         lead = self.choose("bh", "bh", "n", "h", "")
         is_grouped = lead == "bh" and self.chance(3)
         key_lead = "bg" if is_grouped else lead
-        query, key, value = self.input("q", lead + "id"), self.input("k", key_lead + "jd"), self.input("v", key_lead + "je")
+        query, key, value = (
+            self.input("q", lead + "id"),
+            self.input("k", key_lead + "jd"),
+            self.input("v", key_lead + "je"),
+        )
         self._lengths(query, lead + "id", (key, key_lead + "jd"))
         arguments = []
         mask = self.choose("none", "none", "bool", "float", "causal")

@@ -12,7 +12,10 @@ from programs import Program, programs
 import topk_fx
 
 SETTINGS = settings(
-    deadline=None, database=None, print_blob=False, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 
 

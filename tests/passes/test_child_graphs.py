@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import DynamoTrace, ExportTrace, KeepingTopK, assert_same, drawn, leaves, values_and_gradients
 from torch import Tensor, fx
+from torch._higher_order_ops import scan, while_loop
 from torch.utils.checkpoint import checkpoint
 
 import topk_fx
@@ -203,3 +204,49 @@ def test_body_used_twice_is_rewritten_once() -> None:
     with KeepingTopK(3):
         expected = attention(*INPUTS) + attention(2 * INPUTS[0], *INPUTS[1:])
     assert_same(rewritten(*INPUTS), expected)
+
+
+def scanned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def step(total: Tensor, of_batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        output = attention(*of_batch)
+        return total + output.sum(), output.clone()
+
+    return scan(step, q.new_zeros(()), (q, k, v))[1]
+
+
+def mapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch._higher_order_ops.map(lambda of_batch: attention(*of_batch), (q, k, v))
+
+
+def looped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def step(count: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return count + 1, attention(x, k, v[..., :4])
+
+    return while_loop(lambda count, x: count < 3, step, (torch.tensor(0), q))[1]
+
+
+@pytest.mark.parametrize("tracer", [DynamoTrace, ExportTrace], ids=["dynamo", "export"])
+@pytest.mark.parametrize("model", [scanned, mapped], ids=["scan", "map"])
+def test_body_of_scan_and_map_is_rewritten(model: Callable[..., Tensor], tracer: type) -> None:
+    trace = tracer(model, leaves(INPUTS))
+    for k in ("all", 3):
+        rewritten, report, text = trace.rewrite(k=k)
+        assert [site.rewritten for site in report] == [True]
+        assert "softmax" not in text
+        with KeepingTopK(k):
+            expected = values_and_gradients(attention, INPUTS)
+        assert_same(values_and_gradients(rewritten, INPUTS), expected)
+
+
+@pytest.mark.parametrize("tracer", [DynamoTrace, ExportTrace], ids=["dynamo", "export"])
+def test_body_of_while_loop_is_rewritten(tracer: type) -> None:
+    trace = tracer(looped, INPUTS)
+    for k in ("all", 3):
+        rewritten, report, text = trace.rewrite(k=k)
+        assert [site.rewritten for site in report] == [True]
+        assert "softmax" not in text
+        x, key, value = INPUTS
+        with KeepingTopK(k):
+            for _ in range(3):
+                x = attention(x, key, value[..., :4])
+        assert_same(rewritten(*INPUTS), x)

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import TRACERS, Calling, KeepingTopK, SymbolicTrace, Trace, assert_same, leaves, values_and_gradients
+from models import (
+    TRACERS,
+    DecomposedExportTrace,
+    KeepingTopK,
+    SymbolicTrace,
+    Trace,
+    assert_same,
+    drawn,
+    leaves,
+    values_and_gradients,
+)  # fmt: skip
 from spellings import SPELLINGS, Spelling, tensors
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -86,15 +96,59 @@ def test_spelling_traced_by_make_fx_is_rewritten(spelling: Spelling, tracing_mod
         assert [(site.rewritten, site.reason) for site in report] == [(True, "")]
 
 
-@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.name in FOR_MAKE_FX], ids=by_name)
-def test_decomposed_export_computes_the_same(spelling: Spelling) -> None:
-    """Core ATen: products are bmm of joined batches, and SDPA a softmax whose empty rows are filled, left dense."""
-    inputs = spelling.inputs()
-    program = torch.export.export(Calling(spelling.model), inputs).run_decompositions()
-    rewritten, report = topk_fx.rewrite(program, k="all")
-    assert_same(rewritten.module()(*inputs), spelling.dense(*inputs))
-    reasons = ["probabilities_used_elsewhere"] if spelling.name.startswith("sdpa") else [""]
-    assert [site.reason for site in report] == reasons
+LEFT_DECOMPOSED = {
+    "einsum_of_single_keys": "axes_not_followed",
+    "weights_without_nan": "probabilities_used_elsewhere",
+    "weights_shared_by_the_batch": "mask_broadcasts_scores",
+}
+"""Spellings that stay dense after run_decompositions(): the other ones of SPELLINGS do not."""
+DECOMPOSED = {
+    *(spelling.name for spelling in SPELLINGS[::4]),
+    *(spelling.name for spelling in SPELLINGS if "sdpa" in spelling.name),
+    *("causal_by_triu", "exp_less_logsumexp", "exp_over_sum_less_detached_maximum", "safe_softmax_of_whole_rows"),
+}
+
+
+@pytest.mark.parametrize(
+    "spelling", [s for s in SPELLINGS if s.name in DECOMPOSED - LEFT_DECOMPOSED.keys()], ids=by_name
+)
+def test_spelling_in_a_decomposed_export_is_rewritten(spelling: Spelling) -> None:
+    check_rewrites(DecomposedExportTrace(spelling.model, leaves(spelling.inputs())), spelling)
+
+
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.name in LEFT_DECOMPOSED], ids=by_name)
+def test_spelling_in_a_decomposed_export_is_left_with_a_reason(spelling: Spelling) -> None:
+    trace = DecomposedExportTrace(spelling.model, spelling.inputs())
+    _, report, text = trace.rewrite(k="all")
+    assert [site.reason for site in report] == [LEFT_DECOMPOSED[spelling.name]]
+    assert text == trace.text
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias_matrix: Tensor) -> Tensor:
+    masked, _ = FLASH_ATTENTION(q, k, v, attn_mask=bias_matrix, scale=0.3)
+    return masked + FLASH_ATTENTION(q, k, v, 0.0, True)[0]
+
+
+FLASH_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def test_kernel_that_sdpa_dispatches_to_is_rewritten() -> None:
+    q, k, v = (drawn(2, 3, length, 8, seed=length) for length in (7, 9, 10))
+    inputs = (q, k, v[:, :, :9], drawn(7, 9))
+    graph = make_fx(flash_attention, tracing_mode="fake")(*inputs)
+    for keep in ("all", K):
+        model, report = topk_fx.rewrite(graph, k=keep)
+        assert [site.rewritten for site in report] == [True, True]
+        options = ({"attn_mask": inputs[3], "scale": 0.3}, {"is_causal": True})
+        expected = sum(topk_fx.reference.attention(*inputs[:3], k=keep, **named) for named in options)
+        assert_same(model(*inputs), expected)
+
+
+def test_kernel_whose_sums_are_used_is_left() -> None:
+    q = drawn(2, 3, 7, 8)
+    graph = make_fx(lambda q: FLASH_ATTENTION(q, q, q), tracing_mode="fake")(q)
+    _, report = topk_fx.rewrite(graph, k=K)
+    assert [site.reason for site in report] == ["scores_used_elsewhere"]
 
 
 def attention_of_attention(q: Tensor, k: Tensor) -> Tensor:

@@ -310,7 +310,7 @@ def sdpa_of_sequences_of_several_lengths(q: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, NESTED, NESTED, scale=1.0)
 
 
-@refused("opaque_call")
+@refused("opaque_call", symbolic=True)
 def multi_head_attention(x: Tensor, packed: Tensor, packed_bias: Tensor, output: Tensor) -> Tensor:
     return F.multi_head_attention_forward(
         x, x, x, 8, 2, packed, packed_bias, None, None, False, 0.0, output, None, need_weights=False
@@ -440,7 +440,11 @@ two_dropouts: dropout_1 (call_function: dropout) is a second dropout on the same
 
     def test_surroundings(self) -> None:
         found = self.sentences(
-            gradient_stopped_at_softmax, key_written_between, sdpa_causal_by_argument, multi_head_attention
+            gradient_stopped_at_softmax,
+            key_written_between,
+            sdpa_causal_by_argument,
+            multi_head_attention,
+            CallsAttentionModule,
         )
         self.assertExpectedInline(
             found,
@@ -448,7 +452,14 @@ two_dropouts: dropout_1 (call_function: dropout) is a second dropout on the same
 mode_changes_inside: grad mode or autocast changes at _set_grad_enabled, inside the attention
 inputs_written_between: zero_ (call_method: zero_) writes to an input of the attention inside it
 causal_not_static: is_causal of scaled_dot_product_attention is known only at run time
-opaque_call: multi_head_attention_forward is one call: what happens inside is not in the graph""",
+opaque_call: multi_head_attention_forward is one call, and tracing recorded no shapes to open it with: trace the model with torch.export or torch.compile""",
+        )
+
+    def test_module_called_as_one(self) -> None:
+        (case,) = (case for case in REFUSED if isinstance(case.model, CallsAttentionModule))
+        self.assertExpectedInline(
+            case.refuse()[1].sites[0].detail,
+            """attention calls a module as one: trace it with torch.export or torch.compile, which go inside""",
         )
 
     def test_ffn(self) -> None:

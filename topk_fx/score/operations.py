@@ -227,9 +227,12 @@ _define(
 for _name, _function in {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor,
-    "logical_and": torch.logical_and, "logical_or": torch.logical_or, "logical_xor": torch.logical_xor,
 }.items():  # fmt: skip
     _define_constant(_name, 2, _function)
+# Those of torch take no number, as in logical_and(x, True).
+_define_constant("logical_and", 2, lambda x, y: (x != 0) & (y != 0))
+_define_constant("logical_or", 2, lambda x, y: (x != 0) | (y != 0))
+_define_constant("logical_xor", 2, lambda x, y: (x != 0) ^ (y != 0))
 _define_constant("not", 1, torch.bitwise_not)
 _define_constant("logical_not", 1, torch.logical_not)
 _define_constant("isnan", 1, torch.isnan)
