@@ -58,7 +58,8 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
     dropout_p = call.get("dropout_p", 0.0)
     layout = Layout(rank=None if shape is None else len(shape))
     key, value = (Factor(call[name], transposed=True) for name in ("key", "value"))
-    steps = list(Meaning(order, call.node).of(steps, [layout]))
+    meaning = Meaning(order, call.node)
+    steps = list(meaning.of(steps, [layout]))
     return AttentionSite(
         anchor=call.node,
         output=call.node,
@@ -79,6 +80,7 @@ def find_sdpa(call: Call, order: Order) -> AttentionSite | Refusal:
         zero_empty_rows=True,
         interior=(call.node,),
         sizes=(),
+        looked_through=tuple(meaning.replayed),
         scores_shape=None if shape is None or key_shape is None else (*shape[:-1], key_shape[-2]),
         head_size=None if shape is None else shape[-1],
         value_size=_last_size(call["value"]),
@@ -98,6 +100,7 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
     sizes = _check_interior(trace, weights.output)
     meaning = Meaning(trace.order, weights.output)
     scale, scale_divides, steps = _leading_scale(meaning.of(steps, path.layouts))
+    weight_steps = meaning.of(weights.steps, weights.layouts)
     site = AttentionSite(
         anchor=softmax.output,
         output=weights.output,
@@ -112,12 +115,13 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
         scale_divides=scale_divides,
         steps=steps,
         sink=None if path.sink is None else _sink_term(path.sink, path.layout),
-        weight_steps=meaning.of(weights.steps, weights.layouts),
+        weight_steps=weight_steps,
         dropout_p=weights.dropout_p,
         dropout_module=weights.dropout_module,
         zero_empty_rows=softmax.zero_empty_rows,
         interior=tuple(sorted(trace.interior, key=trace.order.__getitem__)),
         sizes=tuple(sizes),
+        looked_through=tuple((trace.passed | meaning.replayed) - trace.interior),
         scores_shape=_scores_shape(shape_of(path.scores), path.layout),
         head_size=_summed_size(product),
         value_size=_value_size(value),

@@ -82,9 +82,11 @@ class AttentionSite:
     The scores move along `score_layout` from the product to the softmax and along `weight_layout` from there to the
     product with V. The factors stand in the axes of their product: the query has D in the place of the key axis, the
     key D in that of the query axis, the value Dv in that of the query axis. `sizes` are nodes that read a symbolic size
-    off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes after it are None where
-    tracing recorded none. A scale of None is SDPA's default. `steps` and `sink` are on the way to the softmax and the
-    stage of their terms counts the moves of `score_layout`; `weight_steps` come after it, on `weight_layout`.
+    off the scores and are needed elsewhere; `looked_through` are nodes whose work the op does not need, or does itself,
+    and that others may use: repeats of K and V, what a mask is built of. scores_shape is [*others, Lq, Lk]; it and the
+    sizes after it are None where tracing recorded none. A scale of None is SDPA's default. `steps` and `sink` are on
+    the way to the softmax and the stage of their terms counts the moves of `score_layout`; `weight_steps` come after
+    it, on `weight_layout`.
     """
 
     anchor: fx.Node
@@ -106,6 +108,7 @@ class AttentionSite:
     zero_empty_rows: bool
     interior: tuple[fx.Node, ...]
     sizes: tuple[fx.Node, ...]
+    looked_through: tuple[fx.Node, ...]
     scores_shape: tuple[Any, ...] | None
     head_size: Any
     value_size: Any

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from topk_fx.config import Keep, TopKConfig, kept_count
+from topk_fx.errors import ValidationError
 from topk_fx.report import RewriteReport
 from topk_fx.report import Site as SiteReport
 
@@ -21,6 +22,7 @@ from .judge import ffn_keep, judge_attention, judge_ffn
 from .rewrite import rewrite_attention, rewrite_ffn
 from .sites import AttentionSite, FFNSite, Refusal
 from .softmax import read_softmax
+from .validate import Validator
 from .values import dtype_of, shape_of, value_of
 from .where import module_path
 
@@ -42,15 +44,16 @@ class TopKPass:
     def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:
         """Rewrites `module` and its child graphs; a graph without a rewritten site is not touched."""
         sites: list[SiteReport] = []
+        validator = Validator() if self.config.validate else None
         for child in _graph_modules(module):
-            reports = list(self._rewrite_graph(child.graph))
+            reports = list(self._rewrite_graph(child.graph, validator))
             if any(report.rewritten for report in reports):
                 child.graph.lint()
                 child.recompile()
             sites += reports
         return RewriteReport(tuple(sites), graph_name)
 
-    def _rewrite_graph(self, graph: fx.Graph) -> Iterator[SiteReport]:
+    def _rewrite_graph(self, graph: fx.Graph, validator: Validator | None) -> Iterator[SiteReport]:
         order = _positions(graph)
         for node in list(graph.nodes):
             # A site's inputs may be the output of one before, so each is found when those before are rewritten.
@@ -60,16 +63,20 @@ class TopKPass:
             if isinstance(site, Refusal):
                 yield _refused(site)
                 continue
-            report = self._rewrite_attention(site) if isinstance(site, AttentionSite) else self._rewrite_ffn(site)
+            rewrite = self._rewrite_attention if isinstance(site, AttentionSite) else self._rewrite_ffn
+            report = rewrite(site, validator)  # type: ignore[operator]
             if report.rewritten:
                 order = _positions(graph)
             yield report
 
-    def _rewrite_attention(self, site: AttentionSite) -> SiteReport:
+    def _rewrite_attention(self, site: AttentionSite, validator: Validator | None) -> SiteReport:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
         refusal = judge_attention(site, config, self.pays("attention", site.scores_shape, config.k))
+        detail = ""
+        if refusal is None:
+            refusal, detail = self._validate(site, where, validator)
         if refusal is not None:
             return _refused(refusal, "attention", where, **facts)
         try:
@@ -77,20 +84,40 @@ class TopKPass:
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "attention", where, **facts)
         facts["mask_bytes"] = _mask_bytes(op)
-        return SiteReport("attention", True, "", "", where, op.name, k=str(config.k), lowering=self.lowering, **facts)
+        return SiteReport(
+            "attention", True, "", detail, where, op.name, k=str(config.k), lowering=self.lowering, **facts
+        )
 
-    def _rewrite_ffn(self, site: FFNSite) -> SiteReport:
+    def _rewrite_ffn(self, site: FFNSite, validator: Validator | None) -> SiteReport:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
         refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config)))
+        detail = ""
+        if refusal is None:
+            refusal, detail = self._validate(site, where, validator)
         if refusal is not None:
             return _refused(refusal, "ffn", where, **facts)
         try:
             op = rewrite_ffn(site, ffn_keep(config))
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
-        return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts)
+        return SiteReport(
+            "ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts
+        )
+
+    def _validate(
+        self, site: AttentionSite | FFNSite, where: str, validator: Validator | None
+    ) -> tuple[Refusal | None, str]:
+        """Why a site is not to be rewritten, if its op was seen to differ; and what the report says of it otherwise."""
+        if validator is None:
+            return None, ""
+        verdict = validator.check(site)
+        if not verdict.failure:
+            return None, f"validation_skipped: {verdict.skipped}" if verdict.skipped else ""
+        if self.config.validate == "raise":
+            raise ValidationError(f"{where or site.output.name}: {verdict.failure}")
+        return Refusal("validation_failed", verdict.failure, site.output), ""
 
 
 def find_site(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | FFNSite | Refusal | None:
