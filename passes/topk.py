@@ -63,8 +63,10 @@ class TopKPass:
             if isinstance(site, Refusal):
                 yield _refused(site)
                 continue
-            rewrite = self._rewrite_attention if isinstance(site, AttentionSite) else self._rewrite_ffn
-            report = rewrite(site, validator)  # type: ignore[operator]
+            if isinstance(site, AttentionSite):
+                report = self._rewrite_attention(site, validator)
+            else:
+                report = self._rewrite_ffn(site, validator)
             if report.rewritten:
                 order = _positions(graph)
             yield report

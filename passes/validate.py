@@ -28,6 +28,9 @@ from .values import attribute_of, shape_of, value_of
 MOST_BYTES = 2 * 1024**3
 """What the dense form's tensors may take together in float64, beyond which a site is not validated."""
 
+MOST_ENTRIES_BACKWARD = 2**20
+"""Scores or hidden units of a site, beyond which only its forward is validated: keeping all, a backward is slow."""
+
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -180,7 +183,7 @@ def _drawn(like: Tensor, case: Case, device: torch.device, generator: torch.Gene
     """Random numbers with the shape, the strides and the dtype of a fake tensor."""
     shape, strides = ([_number(n) for n in sizes] for sizes in (like.shape, like.stride()))
     count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
-    options = {"generator": generator, "device": device}
+    options: dict[str, Any] = {"generator": generator, "device": device}
     if like.dtype.is_floating_point:
         return torch.randn(count, dtype=torch.float32, **options).to(like.dtype).as_strided(shape, strides)
     if like.dtype.is_complex:
@@ -210,7 +213,7 @@ class _Run(fx.Interpreter):
     """
 
     def __init__(self, graph: fx.Graph, wide: bool, device: torch.device | None) -> None:
-        super().__init__(graph.owning_module, graph=graph)
+        super().__init__(graph.owning_module or torch.nn.Module(), graph=graph)
         self.extra_traceback = False
         self.wide, self.device = wide, device
 
@@ -226,7 +229,7 @@ class _Run(fx.Interpreter):
         return self._widen(super().call_module(target, *self._arguments(args, kwargs)))
 
     def _arguments(self, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._argument)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._argument)
         if self.device is not None and "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
         return tuple(args), dict(kwargs)
@@ -309,9 +312,10 @@ def _run_dense(dense: Extract, values: dict[str, Any], device: torch.device | No
     kind = (device or output.device).type
     halves = [dtype for dtype in _HALVES if any(value.dtype == dtype for value in recorded)]
     contexts = [torch.autocast(kind, enabled=False), *(torch.autocast(kind, dtype=dtype) for dtype in halves)]
+    backwards = (True, False) if _entries(dense.site) <= MOST_ENTRIES_BACKWARD else (False,)
     failure: Exception | None = None
     for context in contexts:
-        for backward in (True, False):  # forward alone if the model writes to what would be a leaf
+        for backward in backwards:  # forward alone if the model writes to what would be a leaf
             try:
                 with context:
                     result = _run(dense.graph, values, device, backward=backward)
@@ -324,6 +328,14 @@ def _run_dense(dense: Extract, values: dict[str, Any], device: torch.device | No
     if failure is not None:
         raise failure
     raise _Skipped(f"the dense form does not give the dtype {output.dtype} that tracing recorded")
+
+
+def _entries(site: AttentionSite | FFNSite) -> int:
+    if isinstance(site, FFNSite):
+        shape = None if site.tokens_shape is None else (*site.tokens_shape, (site.up.shape or (1,))[0])
+    else:
+        shape = site.scores_shape
+    return math.prod(_number(size) for size in shape or ())
 
 
 # Comparing.
@@ -385,7 +397,7 @@ def _pairs(found: _Result, dense: _Result, exact: _Result) -> Iterator[tuple[str
     for name in found.gradients.keys() & dense.gradients.keys() & exact.gradients.keys():
         gradients = [result.gradients[name] for result in (found, dense, exact)]
         if bool(gradients[1].isfinite().all()):  # dense makes NaN of what a row without keys leaves
-            yield f"the gradient of {name} through ", *gradients
+            yield f"the gradient of {name} through ", gradients[0], gradients[1], gradients[2]
 
 
 def largest_difference(found: Any, dense: Any, exact: Any, dtype: torch.dtype) -> str:
