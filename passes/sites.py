@@ -85,7 +85,8 @@ class AttentionSite:
     off the scores and are needed elsewhere. scores_shape is [*others, Lq, Lk]; it and the sizes after it are None where
     tracing recorded none. A scale of None is SDPA's default. `steps` and `sink` are on the way to the softmax and the
     stage of their terms counts the moves of `score_layout`; `weight_steps` come after it, on `weight_layout`. The op
-    does the work of the nodes `replayed` again, which build masks and biases that others may share.
+    does the work of the nodes `replayed` again, which build masks and biases that others may share; `looked_through`
+    are these and the repeats of K and V that it does not need.
     """
 
     anchor: fx.Node
@@ -108,6 +109,7 @@ class AttentionSite:
     interior: tuple[fx.Node, ...]
     replayed: tuple[fx.Node, ...]
     sizes: tuple[fx.Node, ...]
+    looked_through: tuple[fx.Node, ...]
     scores_shape: tuple[Any, ...] | None
     head_size: Any
     value_size: Any

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from topk_fx.config import Keep, TopKConfig, kept_count
+from topk_fx.errors import ValidationError
 from topk_fx.report import RewriteReport
 from topk_fx.report import Site as SiteReport
 
@@ -23,6 +24,7 @@ from .rewrite import rewrite_attention, rewrite_ffn
 from .sites import AttentionSite, FFNSite, Refusal
 from .softmax import read_softmax
 from .trace import Order
+from .validate import Validator
 from .values import dtype_of, shape_of, value_of
 from .where import module_path
 
@@ -45,36 +47,42 @@ class TopKPass:
         """Rewrites `module` and its child graphs; a graph without a rewritten site is not touched."""
         sites: list[SiteReport] = []
         autocasts = autocasts_of_bodies(module)
+        validator = Validator() if self.config.validate else None
         for child in _graph_modules(module):
-            reports = list(self._rewrite_graph(child.graph, autocasts.get(child, ())))
+            reports = list(self._rewrite_graph(child.graph, autocasts.get(child, ()), validator))
             if any(report.rewritten for report in reports):
                 child.graph.lint()
                 child.recompile()
             sites += reports
         return RewriteReport(tuple(sites), graph_name)
 
-    def _rewrite_graph(self, graph: fx.Graph, autocasts: Autocasts) -> Iterator[SiteReport]:
+    def _rewrite_graph(
+        self, graph: fx.Graph, autocasts: Autocasts, validator: Validator | None
+    ) -> Iterator[SiteReport]:
         order = _positions(graph)
         for node in list(graph.nodes):
             # A site's inputs may be the output of one before, so each is found when those before are rewritten.
             if node not in order:
                 continue
-            reports = list(self._rewrite_inside(node, autocasts) if can_open(node) else self._rewrite_node(node, order))
+            if can_open(node):
+                reports = list(self._rewrite_inside(node, autocasts, validator))
+            else:
+                reports = list(self._rewrite_node(node, order, validator))
             if any(report.rewritten for report in reports):
                 order = _positions(graph)
             yield from reports
 
-    def _rewrite_node(self, node: fx.Node, order: Order) -> Iterator[SiteReport]:
+    def _rewrite_node(self, node: fx.Node, order: Order, validator: Validator | None) -> Iterator[SiteReport]:
         """The report on the candidate that a node anchors, if it does."""
         site = find_site(node, order)
         if isinstance(site, Refusal):
             yield _refused(site)
         elif isinstance(site, AttentionSite):
-            yield self._rewrite_attention(site)
+            yield self._rewrite_attention(site, validator)
         elif site is not None:
-            yield self._rewrite_ffn(site)
+            yield self._rewrite_ffn(site, validator)
 
-    def _rewrite_inside(self, call: fx.Node, autocasts: Autocasts) -> Iterator[SiteReport]:
+    def _rewrite_inside(self, call: fx.Node, autocasts: Autocasts, validator: Validator | None) -> Iterator[SiteReport]:
         """Opens a call that hides candidates, and closes it again if none of them is rewritten."""
         try:
             opened = open_call(call, autocasts)
@@ -85,7 +93,7 @@ class TopKPass:
         order = _positions(call.graph)
         for node in opened.nodes:
             if node in order:
-                reports += self._rewrite_node(node, order)
+                reports += self._rewrite_node(node, order, validator)
                 order = _positions(call.graph)
         if any(report.rewritten for report in reports):
             opened.commit()
@@ -96,11 +104,14 @@ class TopKPass:
                 detail = f"inside {call.name}: {report.detail}"
                 yield dataclasses.replace(report, node=call.name, detail=detail)
 
-    def _rewrite_attention(self, site: AttentionSite) -> SiteReport:
+    def _rewrite_attention(self, site: AttentionSite, validator: Validator | None) -> SiteReport:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
         refusal = judge_attention(site, config, self.pays("attention", site.scores_shape, config.k))
+        detail = ""
+        if refusal is None:
+            refusal, detail = self._validate(site, where, validator)
         if refusal is not None:
             return _refused(refusal, "attention", where, **facts)
         try:
@@ -108,20 +119,40 @@ class TopKPass:
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "attention", where, **facts)
         facts["mask_bytes"] = _mask_bytes(op)
-        return SiteReport("attention", True, "", "", where, op.name, k=str(config.k), lowering=self.lowering, **facts)
+        return SiteReport(
+            "attention", True, "", detail, where, op.name, k=str(config.k), lowering=self.lowering, **facts
+        )
 
-    def _rewrite_ffn(self, site: FFNSite) -> SiteReport:
+    def _rewrite_ffn(self, site: FFNSite, validator: Validator | None) -> SiteReport:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
         refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config)))
+        detail = ""
+        if refusal is None:
+            refusal, detail = self._validate(site, where, validator)
         if refusal is not None:
             return _refused(refusal, "ffn", where, **facts)
         try:
             op = rewrite_ffn(site, ffn_keep(config))
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
-        return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts)
+        return SiteReport(
+            "ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts
+        )
+
+    def _validate(
+        self, site: AttentionSite | FFNSite, where: str, validator: Validator | None
+    ) -> tuple[Refusal | None, str]:
+        """Why a site is not to be rewritten, if its op was seen to differ; and what the report says of it otherwise."""
+        if validator is None:
+            return None, ""
+        verdict = validator.check(site)
+        if not verdict.failure:
+            return None, f"validation_skipped: {verdict.skipped}" if verdict.skipped else ""
+        if self.config.validate == "raise":
+            raise ValidationError(f"{where or site.output.name}: {verdict.failure}")
+        return Refusal("validation_failed", verdict.failure, site.output), ""
 
 
 def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal | None:

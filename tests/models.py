@@ -103,9 +103,9 @@ class Trace:
     def text(self) -> str:
         return graph_text(self.program)
 
-    def rewrite(self, **options: Any) -> tuple[Callable[..., Any], topk_fx.RewriteReport, str]:
+    def rewrite(self, validate: Any = True, **options: Any) -> tuple[Callable[..., Any], topk_fx.RewriteReport, str]:
         """The rewritten model, to be called as the model is, the report and the text of its graph."""
-        program, report = topk_fx.rewrite(self.program, **options)
+        program, report = topk_fx.rewrite(self.program, validate=validate, **options)
         return self.callable(program), report, graph_text(program)
 
     def callable(self, program: Any) -> Callable[..., Any]:

@@ -63,10 +63,10 @@ def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[
     known = inductor_config.get_config_copy()
     for name in rest:
         if name not in known:
-            accepted = (*TopKConfig.option_names(), "config", "mode", *known)
+            ours_all = (*TopKConfig.option_names(), "config", "mode")
             raise UnknownOptionError(
-                f"unknown option {name!r}: it is an option neither of topk_fx ({', '.join(accepted[:8])}) nor of "
-                f"Inductor (torch._inductor.list_options()).{nearest(name, accepted)}"
+                f"unknown option {name!r}: it is an option neither of topk_fx ({', '.join(ours_all)}) nor of "
+                f"Inductor (torch._inductor.list_options()).{nearest(name, (*ours_all, *known))}"
             )
     if base is not None and not isinstance(base, TopKConfig):
         raise ConfigError(f"config={base!r} is not accepted: give a topk_fx.TopKConfig")

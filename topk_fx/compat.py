@@ -86,6 +86,20 @@ def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
     return disable_cache_limit()
 
 
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Lets operations run on real tensors inside tracing: no fake, proxy or functional mode is active."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def hint_of(number: Any) -> Any:
+    """The value with which a symbolic number was traced, without a guard on it; None if it has none."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return number
+    return number.node.hint if number.node.has_hint() else None
+
+
 def expand_mode(mode: str) -> dict[str, Any]:
     """The Inductor options that a mode of torch.compile stands for; ConfigError if there is no such mode."""
     if mode == "default":

@@ -89,6 +89,8 @@ class TopKConfig:
             "*.cross_attn": False}`. False leaves the site dense. Of several globs that match, later ones win.
         lowering: force one lowering ("aten", "cpu", "triton"); by default the best available is taken.
         inner: what compiles the rewritten graph: "inductor" (default), "aot_eager" or "eager" (for debugging).
+        validate: True runs each site's op, at k = "all", beside the nodes that it would replace, on random inputs of
+            the site's shapes, and leaves the site dense if they disagree; "raise" raises a ValidationError then.
 
     Raises:
         ConfigError: a value is not accepted; the message says what is.
@@ -100,6 +102,7 @@ class TopKConfig:
     sites: Mapping[str, Mapping[str, Any] | bool] | FrozenSites = ()
     lowering: Literal["aten", "cpu", "triton"] | None = None
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    validate: bool | Literal["raise"] = False
     _k_given: bool = dataclasses.field(init=False, repr=False, default=False)
     _spelled: str = dataclasses.field(init=False, repr=False, default="")  # k=1 and k=1.0 differ, though 1 == 1.0
 
@@ -109,6 +112,8 @@ class TopKConfig:
         _choice("when", self.when, ("pays", "always"), optional=True)
         _choice("lowering", self.lowering, LOWERINGS, optional=True)
         _choice("inner", self.inner, INNER_COMPILERS)
+        if not isinstance(self.validate, bool):  # 1 == True, and would be another key
+            _choice("validate", self.validate, ("raise",), beside="True, False or ")
         if self.ffn_k is not None:
             object.__setattr__(self, "ffn_k", validate_keep("ffn_k", self.ffn_k))
         object.__setattr__(self, "sites", _freeze_sites(self.sites))
@@ -157,12 +162,13 @@ class TopKConfig:
         )
 
 
-def _choice(name: str, value: object, accepted: tuple[str, ...], optional: bool = False) -> None:
+def _choice(name: str, value: object, accepted: tuple[str, ...], optional: bool = False, beside: str = "") -> None:
     if value is None and optional:
         return
     if value not in accepted:
         hint = nearest(value, accepted) if isinstance(value, str) else ""
-        raise ConfigError(f"{name}={value!r} is not accepted: give one of {', '.join(map(repr, accepted))}.{hint}")
+        names = f"{beside or 'one of '}{', '.join(map(repr, accepted))}"
+        raise ConfigError(f"{name}={value!r} is not accepted: give {names}.{hint}")
 
 
 def _freeze_sites(sites: object) -> FrozenSites:

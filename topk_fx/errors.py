@@ -35,5 +35,9 @@ class UnsupportedProgramError(TopKError, TypeError):
     """The program given to `rewrite` or `explain` is of no kind that can be rewritten."""
 
 
+class ValidationError(TopKError, AssertionError):
+    """Under `validate="raise"`, a rewrite whose op does not compute what the nodes that it would replace compute."""
+
+
 class UnsupportedDerivativeError(TopKError, RuntimeError):
     """Forward-mode or second derivatives, which the top-k ops do not define."""

@@ -77,6 +77,20 @@ def test_given_ffn_k_is_obeyed_at_every_ffn_site():
     assert (site.ffn_k, site.when, site.ffn_when) == (0.5, "pays", "always")
 
 
+@pytest.mark.parametrize("value", [True, False, "raise"])
+def test_validate_is_accepted(value):
+    config = TopKConfig(validate=value)
+    assert config.validate is value
+    assert config == TopKConfig().replace(validate=value)
+    assert hash(config) == hash(TopKConfig(validate=value))
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "rise", "true"], ids=repr)
+def test_validate_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"validate=.* is not accepted: give True, False or 'raise'"):
+        TopKConfig(validate=value)
+
+
 def test_all_keys_mean_all_units():
     site = TopKConfig(k="all").at("")
     assert (site.k, site.ffn_k, site.when, site.ffn_when) == ("all", "all", "always", "always")

@@ -141,6 +141,18 @@ def test_finite_k_is_the_reference_and_not_dense(name: str, implementation: str)
     assert (found[kept] - dense[kept]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "mistral"])
+def test_every_rewrite_is_validated(name: str) -> None:
+    """Padding, causal and sliding-window masks, grouped heads, and a table of relative positions."""
+    case = CASES[name]
+    model, inputs = case.build("eager"), case.inputs()
+    compiled(model, k=2, ffn_k=2, validate="raise")(**inputs)
+    _, exported = topk_fx.rewrite(torch.export.export(model, (), inputs, strict=False), k=2, ffn_k=2, validate="raise")
+    for report in (*topk_fx.reports(), exported):
+        assert [(site.reason, site.detail) for site in report] == [("", "")] * len(report)
+        assert len([site for site in report if site.kind == "attention"]) == case.attentions
+
+
 def test_sites_are_named_by_their_modules() -> None:
     case = CASES["bert"]
     options = {"k": 2, "sites": {"encoder.layer.0.*": False}}

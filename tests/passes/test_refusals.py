@@ -378,8 +378,9 @@ def test_refusal_names_its_reason_and_leaves_the_graph(case: Refused) -> None:
     assert "topk_fx" not in text
 
 
-FROM_CONFIG = {"disabled_by_config", "k_covers_all_keys", "k_covers_all_units", "dense_is_faster", "ffn_k_not_given"}
-"""Reasons that a configuration gives: test_judge.py has them."""
+FROM_CONFIG = {"disabled_by_config", "k_covers_all_keys", "k_covers_all_units", "dense_is_faster", "ffn_k_not_given",
+               "validation_failed"}  # fmt: skip
+"""Reasons that a configuration gives: test_judge.py and test_validate.py have them."""
 
 
 def test_every_reason_has_a_model() -> None:
