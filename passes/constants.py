@@ -32,7 +32,7 @@ class Constants:
     def _compute(self, node: fx.Node, depth: int) -> torch.Tensor | None:
         shape = shape_of(node)
         is_static = shape is not None and all(isinstance(size, int) for size in shape)
-        if not depth or not is_static or math.prod(shape or ()) > _LARGEST or not _is_pure(node):  # type: ignore[arg-type]
+        if not depth or not is_static or math.prod(shape or ()) > _LARGEST or not _is_pure(node):
             return None
         sources = node.all_input_nodes
         if not sources and _name(node) not in _CREATORS:
@@ -40,7 +40,7 @@ class Constants:
         for source in sources:
             if self.value_of(source, depth - 1) is None:
                 return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value_of)  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value_of)
         kwargs = {name: x for name, x in kwargs.items() if name not in ("device", "pin_memory", "layout")}
         args = tuple(x for x in args if not isinstance(x, torch.device))
         try:

@@ -227,8 +227,10 @@ def _parametrised() -> set[Any]:
 def _read_module(node: fx.Node) -> Operation | None:
     owner = node.graph.owning_module
     module = owner.get_submodule(str(node.target)) if owner is not None else None
+    if module is None:
+        return None
     name = _MODULES.get(type(module))
-    is_plain = len(node.args) == 1 and not node.kwargs and module is not None and not module._forward_hooks
+    is_plain = len(node.args) == 1 and not node.kwargs and not module._forward_hooks
     if name is None or not is_plain or getattr(module, "inplace", False):
         return None
     return Operation(name, (node.args[0],))

@@ -157,8 +157,10 @@ def _has_own_storage(node: fx.Node) -> bool:
         )
     )
     own = _storages(node)
+    if not is_known or not own:
+        return False
     others = [_storages(x) for x in node.all_input_nodes]
-    return is_known and bool(own) and all(other is not None and own.isdisjoint(other) for other in others)
+    return all(other is not None and own.isdisjoint(other) for other in others)
 
 
 def _storages(node: fx.Node) -> set[int] | None:

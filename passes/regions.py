@@ -395,7 +395,7 @@ def _table_and_index(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         plain = plain and not given.get("scale_grad_by_freq") and not given.get("sparse")
         found = (given.get("weight"), given.get("input"))
     elif packet is aten.embedding:
-        plain = len(x.args) == 2 or (x.args[2] == -1 and not any(x.args[3:]))
+        plain = len(x.args) == 2 or bool(x.args[2] == -1 and not any(x.args[3:]))
         found = (x.args[0], x.args[1])
     else:
         call = read(x)

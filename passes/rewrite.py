@@ -116,8 +116,8 @@ def _reorder(emit: Emitter, x: fx.Node, order: Sequence[int | None]) -> fx.Node:
     for axis in reversed(dropped):
         x = emit.call(aten.squeeze.dim, x, axis)
     x = emit.permute(x, [axis - sum(d < axis for d in dropped) for axis in kept])
-    for position, axis in enumerate(order):
-        if axis is None:
+    for position, source in enumerate(order):
+        if source is None:
             x = emit.call(aten.unsqueeze.default, x, position)
     return emit.tell_rank(x, len(order))
 

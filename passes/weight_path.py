@@ -145,7 +145,8 @@ def _as_step(operation: Operation, weights: fx.Node, stage: int) -> ScoreStep | 
     if operation.name in ("mul", "div") or operation.name in _UNARY:
         return ScoreStep(operation.name, tuple(_argument(x, stage) for x in rest))
     if operation.name in ("keep", "fill"):
-        return _conditional(operation.name, *rest, stage)
+        condition, value = rest
+        return _conditional(operation.name, condition, value, stage)
     return None
 
 

@@ -171,11 +171,12 @@ def _no_worse(
 
 @contextlib.contextmanager
 def _not_a_program(*errors: type[BaseException]) -> Iterator[None]:
+    expected = errors or (RuntimeError, IndexError, TypeError, ValueError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except errors or (RuntimeError, IndexError, TypeError, ValueError) as error:
+    except expected as error:
         raise NotAProgram(f"{type(error).__name__}: {error}") from error
 
 

@@ -616,7 +616,7 @@ class Writer:
                 distance = self.choose(f"({j} - {i})", f"-({i} - {j}).abs()", f"({i} - {j}).clamp(min=0)", f"{j}")
                 text = self.choose(f"{slopes}[:, None, None] * {distance}", f"{slopes}.view(-1, 1, 1) * {distance}.to({slopes}.dtype)",
                                    f"{distance} * {slopes}.reshape({self.sizes['h']}, 1, 1)")  # fmt: skip
-                bias = self.fit(self.bind("bias", text), "hij" if "i" in distance else "hij", letters)
+                bias = self.fit(self.bind("bias", text), "hij", letters)
             case "table":
                 self.sizes["N"] = 5
                 i, j = self.positions()
