@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
     try:
         output = _emit_attention(emit, site, keep)
         _check_shape(emit, output, site.output)
+        output = _lay_out(emit, output, site.output)
         sizes = [(size, _same_size(size, site)) for size in site.sizes]
     except Exception as error:
         emit.undo()
@@ -349,6 +351,47 @@ def _check_shape(emit: Emitter, new: fx.Node, old: fx.Node) -> None:
         return
     if len(before) != len(after) or not all(statically_known_true(a == b) for a, b in zip(before, after, strict=True)):
         raise EmitError(f"the top-k op would have the shape {tuple(after)}, and {old.name} has {tuple(before)}")
+
+
+def _lay_out(emit: Emitter, new: fx.Node, old: fx.Node) -> fx.Node:
+    """`new` in memory as `old` was, if `old` was dense in another order of its axes and a view is taken of it.
+
+    Tracing leaves a call of `contiguous` out where it has nothing to do, as for SDPA's output with its heads put last.
+    """
+    before, after = value_of(old), value_of(new)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or not _is_viewed(old):
+        return new
+    if _is_dense(after, range(after.dim())) and _is_dense(before, range(before.dim())):
+        return new
+    for order in itertools.permutations(range(before.dim())):
+        if _is_dense(before, order):
+            dense = emit.call(aten.clone.default, emit.permute(new, order), memory_format=torch.contiguous_format)
+            return emit.permute(dense, [order.index(axis) for axis in range(len(order))])
+    return new
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether a view of another shape is taken of a node, perhaps with its axes moved: one that its strides must allow."""
+    for user in node.users:
+        call = read(user)
+        if call is None or call.get("input") is not node:
+            continue
+        if user.target in (aten.view.default, "view"):
+            return True
+        if call.kind in (Kind.PERMUTE, Kind.TRANSPOSE, Kind.MATRIX_TRANSPOSE) and _is_viewed(user):
+            return True
+    return False
+
+
+def _is_dense(x: torch.Tensor, order: Iterable[int]) -> bool:
+    """Whether x is contiguous when its axes are put in an order."""
+    expected: Any = 1
+    for axis in reversed(list(order)):
+        is_one = statically_known_true(x.size(axis) == 1)
+        if not is_one and not statically_known_true(x.stride(axis) == expected):
+            return False
+        expected = expected * x.size(axis)
+    return True
 
 
 def _replace(old: fx.Node, new: fx.Node, interior: tuple[fx.Node, ...]) -> None:

@@ -171,6 +171,21 @@ def test_attention_that_is_the_output_is_rewritten() -> None:
     assert_same(reloaded(program).module()(q, k), (expected, expected))
 
 
+def test_output_that_is_viewed_is_laid_out_as_that_of_sdpa() -> None:
+    """SDPA puts its heads last in memory; then contiguous() does nothing, and an export does not record it."""
+
+    def model(x: Tensor) -> Tensor:
+        q = x.view(2, 7, 3, 8).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).contiguous().view(2, 7, 24)
+
+    x = drawn(2, 7, 24)
+    program, report = topk_fx.rewrite(torch.export.export(Calling(model), (x,)), k=K)
+    assert [site.rewritten for site in report] == [True]
+    with KeepingTopK(K):
+        expected = values_and_gradients(model, (x,))
+    assert_same(values_and_gradients(program.module(), (x,)), expected)
+
+
 def test_attention_over_a_mutated_buffer_reads_what_dense_reads() -> None:
     """A cache of keys and values, written before it is attended to, as in decoding."""
 
