@@ -77,11 +77,14 @@ _CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double
           "long": "int64", "bool": "bool", "short": "int16"}  # fmt: skip
 
 
-def read_elementwise(node: fx.Node) -> Operation | None:
-    """The operation that a node is, over nodes and numbers; None if it is none, or writes to an argument."""
+def read_elementwise(node: fx.Node, in_place: bool = False) -> Operation | None:
+    """The operation that a node is, over nodes and numbers; None if it is none, or writes to an argument.
+
+    With `in_place`, a node that writes its result to its argument is read too.
+    """
     target = _target(node)
     if node.op == "call_module":
-        return _read_module(node)
+        return _read_module(node) or _read_dialect_of(node, in_place)
     if node.op not in ("call_function", "call_method"):
         return None
     special = _read_parametrised(node, target)
@@ -96,8 +99,7 @@ def read_elementwise(node: fx.Node) -> Operation | None:
             return None
         if name is not None and _has_arguments(node, count):
             return Operation(name, _arguments(node, count))
-    call = read(node)
-    return None if call is None or call.in_place else _read_dialect(call)
+    return _read_dialect_of(node, in_place)
 
 
 def _target(node: fx.Node) -> Any:
@@ -115,6 +117,11 @@ def _arguments(node: fx.Node, count: int) -> tuple[Any, ...]:
     if node.op == "call_method" and str(node.target).startswith("__r"):
         values = values[::-1]
     return values[:count]
+
+
+def _read_dialect_of(node: fx.Node, in_place: bool) -> Operation | None:
+    call = read(node)
+    return None if call is None or (call.in_place and not in_place) else _read_dialect(call)
 
 
 def _read_dialect(call: Call) -> Operation | None:
