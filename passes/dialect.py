@@ -53,6 +53,7 @@ class Kind(enum.Enum):
     TRANSPOSE = "transpose"
     PERMUTE = "permute"
     MATRIX_TRANSPOSE = "transpose of the last two dimensions"
+    REVERSE_AXES = "all axes in reverse order"
     UNSQUEEZE = "unsqueeze"
     SQUEEZE = "squeeze"
     GETITEM = "indexing"
@@ -69,6 +70,11 @@ class Kind(enum.Enum):
     CAT = "concatenation"
     SLICE = "part of an axis"
     NARROW = "part of an axis of a given length"
+    SELECT = "one place of an axis"
+    CHUNK = "an axis in a number of pieces"
+    SPLIT = "an axis in pieces of given sizes"
+    GLU = "the first half of an axis times the sigmoid of the second"
+    GROUPED_MATMUL = "a matrix product for each group of rows"
     OPAQUE = "attention inside one call"
 
 
@@ -100,7 +106,8 @@ _METHODS: dict[str, _Row] = {}
 _SAME_NAMES = {
     "self": "input", "tensor": "input", "x": "input", "axis": "dim", "mat2": "other", "tensor2": "other",
     "min_val": "min", "max_val": "max", "tensors": "input", "attn_bias": "attn_mask", "train": "training",
-    "batch1": "left", "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim",
+    "batch1": "left", "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim", "mat_a": "input",
+    "mat_b": "other", "split_size_or_sections": "sections", "split_size": "sections", "split_sizes": "sections",
 }  # fmt: skip
 _IGNORED = {"_stacklevel", "memory_format", "non_blocking", "copy", "layout", "device", "pin_memory", "implicit"}
 
@@ -181,12 +188,21 @@ _row(Kind.TRANSPOSE, "input dim0 dim1", "transpose", torch.transpose, aten.trans
 _row(Kind.TRANSPOSE, "input", "t", torch.t, aten.t)
 _row(Kind.PERMUTE, "input dims", "permute", torch.permute, aten.permute)
 _row(Kind.MATRIX_TRANSPOSE, "input", aten.mT)
+_row(Kind.REVERSE_AXES, "input", aten.numpy_T)
 _row(Kind.UNSQUEEZE, "input dim", "unsqueeze", torch.unsqueeze, aten.unsqueeze)
 _row(Kind.SQUEEZE, "input dim", "squeeze", torch.squeeze, aten.squeeze)
 _row(Kind.GETITEM, "input index", operator.getitem)
 _row(Kind.CAT, "input dim", torch.cat, torch.concat, torch.concatenate, aten.cat, aten.concat)
 _row(Kind.SLICE, "input dim start end step", aten.slice)
 _row(Kind.NARROW, "input dim start length", torch.narrow, "narrow", aten.narrow)
+_row(Kind.SELECT, "input dim index", torch.select, "select", aten.select)
+_row(Kind.CHUNK, "input chunks dim", torch.chunk, "chunk", aten.chunk)
+_row(Kind.SPLIT, "input sections dim", torch.split, torch.functional.split, "split", aten.split,
+     torch.split_with_sizes, "split_with_sizes", aten.split_with_sizes)  # fmt: skip
+_row(Kind.GLU, "input dim", F.glu, torch._C._nn.glu, aten.glu)
+_row(Kind.GROUPED_MATMUL, "input other offs bias out_dtype", torch._grouped_mm, aten._grouped_mm,
+     *(getattr(F, name) for name in ("grouped_mm",) if hasattr(F, name)))  # fmt: skip
+_CUSTOM_OPS = {"transformers::grouped_mm_fallback": _Row(Kind.GROUPED_MATMUL, ("input", "other", "offs"))}
 _row(Kind.REPEAT_INTERLEAVE, "input repeats dim", torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave)
 _row(Kind.ADDCMUL, "input tensor1 tensor2 value", torch.addcmul, "addcmul", aten.addcmul)
 _row(Kind.LOGSUMEXP, "input dim keepdim", torch.logsumexp, "logsumexp", aten.logsumexp, torch.special.logsumexp)
@@ -223,9 +239,11 @@ _MODULES: dict[type[nn.Module], tuple[Kind, Callable[[Any], dict[str, Any]]]] = 
     nn.SiLU: (Kind.SILU, lambda m: {"inplace": m.inplace}),
     nn.Tanh: (Kind.TANH, lambda m: {}),
     nn.Linear: (Kind.LINEAR, lambda m: {}),
+    nn.GLU: (Kind.GLU, lambda m: {"dim": m.dim}),
 }
 _OPAQUE_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder,
                    nn.TransformerDecoder, nn.Transformer)  # fmt: skip
+_TRANSPOSED_ATTRIBUTES: dict[Any, Kind] = {"mT": Kind.MATRIX_TRANSPOSE, "T": Kind.REVERSE_AXES}
 _LISTED = {"size", "dims"}  # parameters that take what is left of the positional arguments
 
 
@@ -236,8 +254,8 @@ def read(node: Any) -> Call | None:
     if node.op == "call_module":
         return _read_module(node)
     if node.op == "call_function" and node.target is getattr:
-        is_transpose = len(node.args) == 2 and node.args[1] == "mT"
-        return Call(Kind.MATRIX_TRANSPOSE, node, {"input": node.args[0]}) if is_transpose else None
+        kind = _TRANSPOSED_ATTRIBUTES.get(node.args[1]) if len(node.args) == 2 else None
+        return None if kind is None else Call(kind, node, {"input": node.args[0]})
     row = _find_row(node)
     if row is None:
         return None
@@ -276,7 +294,9 @@ def _find_row(node: fx.Node) -> _Row | None:
             return None
         if target._overloadname == "dtype" and target.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             return None  # accumulates in another dtype
-        return _FUNCTIONS.get(target.overloadpacket)
+        return _FUNCTIONS.get(target.overloadpacket) or _CUSTOM_OPS.get(target._schema.name)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _FUNCTIONS.get(target) or _CUSTOM_OPS.get(target._qualified_op_name)
     try:
         return _FUNCTIONS.get(target)
     except TypeError:  # not hashable

@@ -80,11 +80,14 @@ _CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double
           "long": "int64", "bool": "bool", "short": "int16"}  # fmt: skip
 
 
-def read_elementwise(node: fx.Node) -> Operation | None:
-    """The operation that a node is, over nodes and numbers; None if it is none, or writes to an argument."""
+def read_elementwise(node: fx.Node, in_place: bool = False) -> Operation | None:
+    """The operation that a node is, over nodes and numbers; None if it is none, or writes to an argument.
+
+    With `in_place`, a node that writes its result to its argument is read too.
+    """
     target = _target(node)
     if node.op == "call_module":
-        return _read_module(node)
+        return _read_module(node) or _read_dialect_of(node, in_place)
     if node.op not in ("call_function", "call_method"):
         return None
     special = _read_parametrised(node, target)
@@ -102,9 +105,7 @@ def read_elementwise(node: fx.Node) -> Operation | None:
     if (name := _EXTREMA.get(target)) is not None:  # of two tensors, and not over a dimension
         both = (*node.args, *node.kwargs.values())
         return Operation(name, both) if len(both) == 2 and all(shape_of(x) is not None for x in both) else None
-    call = read(node)
-    is_written = call is not None and call.in_place and isinstance(call.get("input"), fx.Node)
-    return None if call is None or is_written else _read_dialect(call)
+    return _read_dialect_of(node, in_place)
 
 
 def read_in_place(call: Call) -> Operation | None:
@@ -131,6 +132,12 @@ def _arguments(node: fx.Node, count: int) -> tuple[Any, ...]:
     if node.op == "call_method" and str(node.target).startswith("__r"):
         values = values[::-1]
     return values[:count]
+
+
+def _read_dialect_of(node: fx.Node, in_place: bool) -> Operation | None:
+    call = read(node)
+    is_written = call is not None and call.in_place and isinstance(call.get("input"), fx.Node)
+    return None if call is None or (is_written and not in_place) else _read_dialect(call)
 
 
 def _read_dialect(call: Call) -> Operation | None:

@@ -1,127 +1,146 @@
-"""Finds FFNs: anchors on a linear layer whose input is an activated linear layer of the same tokens."""
+"""Finds FFNs: anchors on a layer whose input is an activation of linear layers of the same tokens."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from torch import fx, nn
+import torch
+from torch import fx
+
+from topk_fx.activation import ACTIVATIONS
 
 from .dialect import Call, Kind, read
-from .score_steps import NO_DROPOUT, check_cast, merge_dropout
+from .hidden import HiddenReader, NotHidden, is_affine, is_floating_cast, name_activation
+from .linear import RESHAPES, LinearCall, Part, is_rewritten, keeps_rows, read_product, token_source
+from .score_steps import NO_DROPOUT, merge_dropout
 from .sites import FFNSite, LinearLayer, Refusal, Refuse
 from .span import check_span
-from .values import constant_of, dtype_of, shape_of
+from .values import dtype_of, shape_of, value_of
 
 Order = dict[fx.Node, int]
 
 
 def find_ffn(down: Call, order: Order) -> FFNSite | Refusal | None:
-    """The FFN that a linear call closes, or why it stays dense; None if it reads no activated linear layer."""
+    """The FFN that a linear layer closes, or why it stays dense; None if it reads no activation of linear layers."""
+    layer = read_product(down)
+    if layer is None:
+        return None
+    candidate = _Candidate(layer, order)
     try:
-        return _Reader(down, order).read()
+        return candidate.read()
+    except NotHidden:
+        return None
     except Refuse as refusal:
-        return Refusal(refusal.reason, refusal.detail, down.node)
+        return Refusal(refusal.reason, refusal.detail, down.node, "ffn", candidate.products)
 
 
-class _Reader:
-    """Reads one candidate down projection. Raises Refuse once it is clear that this is an FFN which cannot be taken."""
+class _Candidate:
+    """One candidate down projection. Raises Refuse once it is clear that it closes an FFN which cannot be taken."""
 
-    def __init__(self, down: Call, order: Order) -> None:
+    def __init__(self, down: LinearCall, order: Order) -> None:
         self.down = down
         self.order = order
-        self.interior: list[fx.Node] = [down.node]
+        self.interior: set[fx.Node] = {down.product}
+        self.products: tuple[fx.Node, ...] = (down.product,)
+        self.reader = HiddenReader()
 
     def read(self) -> FFNSite | None:
-        passed: list[Call] = []
-        call = read(self.down["input"])
-        while call is not None and call.kind in (Kind.DROPOUT, Kind.CAST, Kind.SAME):
-            passed.append(call)
-            call = read(call["input"])
-        self.interior += [c.node for c in passed]
-        if call is None:
+        end, dropouts = self._walk_to_activation()
+        hidden = self.reader.read(end)
+        parts = self.reader.parts
+        if not self._is_of_same_tokens() or is_affine(hidden, self.reader):
             return None
-        gated = self._read_gated(call) if call.kind == Kind.MUL else None
-        gate = None
-        if gated is not None:
-            activation, gate, up = gated
-        else:
-            activated = self._read_activation(call)
-            if activated is None:
-                return None
-            activation, up = activated
-        if gate is not None and gate["input"] is not up["input"]:
-            return None
+        self.products = tuple(sorted({self.down.product, *(p for p, _ in parts)}, key=self.order.__getitem__))
+        before = next((product for product, _ in parts if is_rewritten(product)), None)
+        if before is not None:
+            raise Refuse("layer_in_two_ffns", f"the up projection is the down projection of {before.name}")
+        self.interior.update(self.reader.interior)
+        activated = name_activation(hidden, self.reader, self._dtype())
+        if activated is None:
+            known = ", ".join(ACTIVATIONS)
+            raise Refuse("unknown_activation", f"what {self.down.product.name} reads is no activation of {known}")
         dropout = NO_DROPOUT
-        for step in passed:
-            if step.kind == Kind.DROPOUT:
-                dropout = merge_dropout(dropout, step)
-            elif step.kind == Kind.CAST:
-                check_cast(step)
+        for call in dropouts:
+            dropout = merge_dropout(dropout, call)
         self._check_used_once()
-        layers = [linear_layer(c) for c in (up, gate, self.down) if c is not None]
-        self._check_layers(layers)
-        self._check_dtypes(up["input"], layers)
-        inputs = {up["input"], *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))}
-        start = min(map(self.order.__getitem__, self.interior))
-        check_span("FFN", inputs, self.interior, start, self.down.node, self.order)
+        up = parts[activated.linear or activated.active]
+        gate = parts[activated.active] if activated.linear is not None else None
+        layers = [_layer_of(part) for part in (up, gate) if part is not None]
+        self._check_layers([*layers, self.down.layer])
+        x = self._input()
+        inputs = {x, *self.down.tensors, *(t for part in parts.values() for t in part.linear.tensors)}
+        self._check_dtypes(inputs)
+        start = min(self.order[node] for node in (*self.interior, *self._views_of_input(x)))
+        check_span("FFN", inputs, self.interior, start, self.down.product, self.order)
         return FFNSite(
-            anchor=self.down.node,
-            output=self.down.node,
-            input=up["input"],
+            anchor=self.down.product,
+            output=self.down.product,
+            input=x,
             up=layers[0],
             gate=layers[1] if gate is not None else None,
-            down=layers[-1],
-            activation=activation,
+            down=self.down.layer,
+            activation=activated.name,
             dropout_p=dropout[0],
             dropout_module=dropout[1],
             interior=tuple(sorted(self.interior, key=self.order.__getitem__)),
-            tokens_shape=None if (shape := shape_of(up["input"])) is None else shape[:-1],
+            products=self.products,
+            tokens_shape=None if (shape := shape_of(x)) is None else shape[:-1],
         )
 
-    def _read_gated(self, product: Call) -> tuple[str, Call, Call] | None:
-        """act(gate(x)) * up(x), in either order: the activation and both linear calls."""
-        for gate_side, up_side in (("input", "other"), ("other", "input")):
-            up = self._linear(product[up_side])
-            gate = read(product[gate_side])
-            if up is None or gate is None or gate.node is up.node:
-                continue
-            before = len(self.interior)
-            activated = self._read_activation(gate)
-            if activated is not None:
-                self.interior += [product.node, up.node]
-                return activated[0], activated[1], up
-            del self.interior[before:]
-        return None
+    def _walk_to_activation(self) -> tuple[fx.Node, list[Call]]:
+        """The node before the casts, views and dropouts that lead to the down projection, and the dropouts."""
+        size = self.down.layer.shape[1] if self.down.layer.shape is not None else None
+        dropouts: list[Call] = []
+        node = self.down.input
+        while (call := read(node)) is not None and _is_passed(call, size):
+            self.reader.has_views |= call.kind in RESHAPES
+            if call.kind == Kind.DROPOUT:
+                dropouts.append(call)
+            self.interior.add(node)
+            node = call["input"]
+        return node, dropouts
 
-    def _read_activation(self, call: Call) -> tuple[str, Call] | None:
-        """act(linear(x)): the activation's name and the linear call."""
-        passed = [call.node]
-        name = {Kind.RELU: "relu", Kind.SILU: "silu"}.get(call.kind)
-        if call.kind == Kind.GELU:
-            name = {"none": "gelu", "tanh": "gelu_tanh"}.get(call.get("approximate", "none"))
-        elif call.kind == Kind.POW and constant_of(call.get("exponent", 2)) == 2:
-            inner = read(call["input"])
-            if inner is not None and inner.kind == Kind.RELU:
-                name, call = "relu2", inner
-                passed.append(inner.node)
-        if name is None:
-            return None
-        linear = self._linear(call["input"])
-        if linear is None:
-            return None
-        self.interior += [*passed, linear.node]
-        return name, linear
+    def _is_of_same_tokens(self) -> bool:
+        """Whether one or two layers of as many units read the same tensor, so that one token's units meet."""
+        parts = list(self.reader.parts.values())
+        if not parts or len({_size(part) for part in parts}) != 1:
+            return False
+        if len({part.linear.input for part in parts}) > 1:
+            return len({token_source(part.linear.input) for part in parts}) == 1
+        is_traced = all(value_of(node) is not None for node in self.reader.interior)
+        return len(parts) == 1 or is_traced or not self.reader.has_views
 
-    def _linear(self, node: Any) -> Call | None:
-        call = read(node)
-        return call if call is not None and call.kind == Kind.LINEAR else None
+    def _input(self) -> fx.Node:
+        """The tokens, in an arrangement from which all layers got theirs."""
+        inputs = [part.linear.input for part in self.reader.parts.values()]
+        x = inputs[0] if len(set(inputs)) == 1 else token_source(inputs[0])
+        if self.reader.has_views or x not in inputs:
+            are_matrices = x in inputs and all(read(p).kind == Kind.ADDMM for p in self.products)  # type: ignore[union-attr]
+            if not are_matrices and None in (shape_of(x), shape_of(self.down.product)):
+                raise Refuse("shape_unknown", f"how {self.down.product.name} arranges the tokens was not traced")
+        return x
+
+    def _views_of_input(self, x: fx.Node) -> set[fx.Node]:
+        """The nodes that stand between the tokens and the layers."""
+        found = set()
+        for part in self.reader.parts.values():
+            node = part.linear.input
+            while node is not x:
+                found.add(node)
+                node = node.all_input_nodes[0]
+        return found
+
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype in which the model computes, as far as it was traced."""
+        part = next(iter(self.reader.parts.values()))
+        tensors = (part.linear.product, part.linear.input, *part.linear.tensors)
+        return next((dtype for x in tensors if (dtype := dtype_of(x)) is not None), None)
 
     def _check_used_once(self) -> None:
-        inside = set(self.interior)
-        for node in inside - {self.down.node}:
+        for node in sorted(self.interior - {self.down.product}, key=self.order.__getitem__):
             for user in node.users:
                 call = read(user)
-                if user not in inside and not (call is not None and call.kind == Kind.ASSERT):
+                if user not in self.interior and not (call is not None and call.kind == Kind.ASSERT):
                     name = "the output" if user.op == "output" else user.name
                     raise Refuse("hidden_used_elsewhere", f"the hidden units {node.name} are also used by {name}")
 
@@ -130,21 +149,33 @@ class _Reader:
             bias = shape_of(layer.bias)
             is_matrix = layer.shape is not None and len(layer.shape) == 2
             if not is_matrix or (bias is not None and len(bias) != 1):
-                raise Refuse("shape_unknown", f"a layer of {self.down.node.name} has no weight matrix and bias vector")
+                raise Refuse(
+                    "shape_unknown", f"a layer of {self.down.product.name} has no weight matrix and bias vector"
+                )
 
-    def _check_dtypes(self, x: fx.Node, layers: list[LinearLayer]) -> None:
-        tensors = [x, *(t for layer in layers for t in (layer.weight, layer.bias) if isinstance(t, fx.Node))]
+    def _check_dtypes(self, tensors: set[fx.Node]) -> None:
         dtypes = {dtype for t in tensors if (dtype := dtype_of(t)) is not None}
         if len(dtypes) > 1:
             raise Refuse(
-                "mixed_dtypes", f"the layers of {self.down.node.name} have the dtypes {sorted(map(str, dtypes))}"
+                "mixed_dtypes", f"the layers of {self.down.product.name} have the dtypes {sorted(map(str, dtypes))}"
             )
 
 
-def linear_layer(call: Call) -> LinearLayer:
-    """The weight and bias of a linear call: nodes, or the module that owns them."""
-    module = call.get("module")
-    if isinstance(module, nn.Linear):
-        return LinearLayer(None, None, call.node, tuple(module.weight.shape), module.bias is not None)
-    weight, bias = call["weight"], call.get("bias")
-    return LinearLayer(weight, bias, None, shape_of(weight), bias is not None)
+def _is_passed(call: Call, size: object) -> bool:
+    """Whether a call hands its input's rows on, but for rounding and dropout."""
+    match call.kind:
+        case Kind.DROPOUT | Kind.SAME:
+            return True
+        case Kind.CAST:
+            return is_floating_cast(call)
+        case Kind.VIEW | Kind.SQUEEZE | Kind.UNSQUEEZE:
+            return isinstance(size, int) and keeps_rows(call, size)
+    return False
+
+
+def _size(part: Part) -> int | None:
+    return None if part.units is None else len(part.units)
+
+
+def _layer_of(part: Part) -> LinearLayer:
+    return dataclasses.replace(part.linear.layer, units=part.units)

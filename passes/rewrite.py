@@ -20,7 +20,7 @@ from .dialect import Kind, read
 from .emit import EmitError, Emitter
 from .layout import Layout
 from .mutation import mutated_arguments, storage_roots
-from .sites import AttentionSite, Factor, FFNSite, LinearLayer, ScoreStep, Term
+from .sites import AttentionSite, Factor, FFNSite, LinearLayer, ScoreStep, Term, Units
 from .values import dtype_of, is_scalar, rank_of, shape_of, value_of
 
 aten = torch.ops.aten
@@ -60,12 +60,13 @@ def rewrite_ffn(site: FFNSite, keep: Keep) -> fx.Node:
     """Puts `topk_fx::ffn` in the place of a site and returns its node; EmitError as `rewrite_attention`."""
     emit = Emitter(site.output)
     try:
-        assert site.up.shape is not None
         layers = [_emit_layer(emit, layer) for layer in (site.up, site.gate, site.down)]
-        kept = kept_count(keep, site.up.shape[0])
+        kept = kept_count(keep, site.up.size)
         arguments = (site.input, *layers[0], *layers[1], *layers[2], site.activation, kept)
         dropout = _emit_dropout(emit, site.dropout_p, site.dropout_module)
         output = emit.call(torch.ops.topk_fx.ffn.default, *arguments, *dropout, name="ffn")
+        if shape_of(site.output) is not None and shape_of(output) is not None:
+            output = emit.reshape(output, emit.shape(site.output))
         _check_shape(emit, output, site.output)
     except Exception as error:
         emit.undo()
@@ -332,17 +333,29 @@ class DropoutProbability(nn.Module):
 
 
 def _emit_layer(emit: Emitter, layer: LinearLayer | None) -> tuple[fx.Node | None, fx.Node | None]:
+    """The weight [out, in] and bias of a layer, of the units that the site uses."""
     if layer is None:
         return None, None
-    if layer.module_call is None:
-        return layer.weight, layer.bias
-    nodes = []
-    for name in ("weight", "bias") if layer.has_bias else ("weight",):
-        with emit.graph.inserting_before(emit.before):
-            node = emit.graph.create_node("get_attr", f"{layer.module_call.target}.{name}")
-        emit.emitted.append(node)
-        nodes.append(node)
-    return nodes[0], nodes[1] if layer.has_bias else None
+    weight, bias = layer.weight, layer.bias
+    if layer.module_call is not None:
+        weight = _emit_parameter(emit, layer.module_call, "weight")
+        bias = _emit_parameter(emit, layer.module_call, "bias") if layer.has_bias else None
+    assert weight is not None
+    if layer.units is not None and layer.shape is not None and layer.units != range(layer.shape[0]):
+        weight = _emit_units(emit, weight, 1 if layer.transposed else 0, layer.units)
+        bias = None if bias is None else _emit_units(emit, bias, 0, layer.units)
+    return emit.transpose_last(weight) if layer.transposed else weight, bias
+
+
+def _emit_parameter(emit: Emitter, call: fx.Node, name: str) -> fx.Node:
+    with emit.graph.inserting_before(emit.before):
+        node = emit.graph.create_node("get_attr", f"{call.target}.{name}")
+    emit.emitted.append(node)
+    return node
+
+
+def _emit_units(emit: Emitter, x: fx.Node, dim: int, units: Units) -> fx.Node:
+    return emit.call(aten.slice.Tensor, x, dim, units.start, units.stop, units.step)
 
 
 def _check_shape(emit: Emitter, new: fx.Node, old: fx.Node) -> None:
@@ -371,7 +384,7 @@ def _lay_out(emit: Emitter, new: fx.Node, old: fx.Node) -> fx.Node:
 
 
 def _is_viewed(node: fx.Node) -> bool:
-    """Whether a view of another shape is taken of a node, perhaps with its axes moved: one that its strides must allow."""
+    """Whether a view of another shape is taken of a node, or of it permuted: one that its strides must allow."""
     for user in node.users:
         call = read(user)
         if call is None or call.get("input") is not node:

@@ -15,11 +15,16 @@ from .layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A candidate that stays dense: a snake_case reason, a sentence for the model's owner, and the node."""
+    """A candidate that stays dense: a snake_case reason, a sentence for the model's owner, and the node.
+
+    `products` are the nodes whose common module owns it; the node alone if there are none.
+    """
 
     reason: str
     detail: str
     node: fx.Node
+    kind: str = "attention"
+    products: tuple[fx.Node, ...] = ()
 
 
 class Refuse(Exception):
@@ -116,20 +121,40 @@ class AttentionSite:
     kind: str = "attention"
 
 
+Units = range
+"""Which of a layer's outputs, in which order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer: its weight and bias as nodes, or the call of the module that owns them."""
+    """A linear layer: its weight and bias as nodes, or the call of the module that owns them.
+
+    The weight is [out, in], or [in, out] if `transposed`; `shape` is (out, in) of the whole weight. `units` are the
+    rows that the site uses; None: all.
+    """
 
     weight: fx.Node | None
     bias: fx.Node | None
     module_call: fx.Node | None
     shape: tuple[Any, ...] | None
     has_bias: bool
+    transposed: bool = False
+    units: Units | None = None
+
+    @property
+    def size(self) -> Any:
+        """The number of outputs, None if it is not known."""
+        if self.units is not None:
+            return len(self.units)
+        return None if self.shape is None else self.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class FFNSite:
-    """down(dropout(act(up(x)))), or with a gate down(dropout(act(gate(x)) * up(x)))."""
+    """down(dropout(act(up(x)))), or with a gate down(dropout(act(gate(x)) * up(x))).
+
+    `products` are the nodes that multiply by the weights.
+    """
 
     anchor: fx.Node
     output: fx.Node
@@ -141,6 +166,7 @@ class FFNSite:
     dropout_p: float | fx.Node
     dropout_module: fx.Node | None
     interior: tuple[fx.Node, ...]
+    products: tuple[fx.Node, ...]
     tokens_shape: tuple[Any, ...] | None
     kind: str = "ffn"
 

@@ -17,6 +17,7 @@ from topk_fx.report import Site as SiteReport
 from .attention import find_attention, find_sdpa
 from .dialect import Kind, read
 from .emit import EmitError
+from .experts import find_experts
 from .ffn import find_ffn
 from .judge import ffn_keep, judge_attention, judge_ffn
 from .open_calls import Autocasts, OpenError, autocasts_of_bodies, can_open, open_call, why_closed
@@ -26,7 +27,7 @@ from .softmax import read_softmax
 from .trace import Order
 from .validate import Validator
 from .values import dtype_of, shape_of, value_of
-from .where import module_path
+from .where import module_path, owner_path
 
 _INDEX_BYTES = _WEIGHT_BYTES = 4
 
@@ -124,7 +125,7 @@ class TopKPass:
         )
 
     def _rewrite_ffn(self, site: FFNSite, validator: Validator | None) -> SiteReport:
-        where = module_path(site.anchor)
+        where = owner_path(site.products)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
         refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config)))
@@ -163,8 +164,10 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
     match call.kind:
         case Kind.ATTENTION:
             return find_sdpa(call, order)
-        case Kind.LINEAR:
+        case Kind.LINEAR | Kind.ADDMM:
             return find_ffn(call, order)
+        case Kind.MATMUL | Kind.GROUPED_MATMUL | Kind.BADDBMM:
+            return find_ffn(call, order) or find_experts(call)
         case Kind.OPAQUE:
             return Refusal("opaque_call", why_closed(node), node)
     softmax = read_softmax(call)
@@ -183,9 +186,8 @@ def _graph_modules(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def _refused(refusal: Refusal, kind: str | None = None, where: str | None = None, **facts: Any) -> SiteReport:
-    call = read(refusal.node)
-    kind = kind or ("ffn" if call is not None and call.kind == Kind.LINEAR else "attention")
-    where = module_path(refusal.node) if where is None else where
+    kind = kind or refusal.kind
+    where = owner_path(refusal.products or (refusal.node,)) if where is None else where
     return SiteReport(kind, False, refusal.reason, refusal.detail, where, refusal.node.name, **facts)
 
 
@@ -202,12 +204,12 @@ def _attention_facts(site: AttentionSite, keep: Keep) -> dict[str, Any]:
 
 
 def _ffn_facts(site: FFNSite, keep: Keep) -> dict[str, Any]:
-    if site.tokens_shape is None or site.up.shape is None:
+    if site.tokens_shape is None or site.up.size is None:
         return {}
     dtype = dtype_of(site.output)
     itemsize = dtype.itemsize if dtype is not None else _WEIGHT_BYTES
-    shapes = {"tokens": _text(site.tokens_shape), "hidden": str(site.up.shape[0])}
-    return {"shapes": shapes, **_sizes(site.tokens_shape, site.up.shape[0], keep, itemsize)}
+    shapes = {"tokens": _text(site.tokens_shape), "hidden": str(site.up.size)}
+    return {"shapes": shapes, **_sizes(site.tokens_shape, site.up.size, keep, itemsize)}
 
 
 def _sizes(rows: tuple[Any, ...], total: Any, keep: Keep, itemsize: int) -> dict[str, int]:

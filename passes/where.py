@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
@@ -19,6 +21,13 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"^L\.", "", path)
     path = re.sub(r"^(L__self__|self|model_self)(\.|$)", "", path)
     return re.sub(r"\._(modules|orig_mod)\b", "", path).replace("_modules.", "").removeprefix("_orig_mod.")
+
+
+def owner_path(nodes: Iterable[fx.Node]) -> str:
+    """The path of the innermost module that all nodes were traced in."""
+    paths = [module_path(node).split(".") for node in nodes]
+    common = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in common)
 
 
 def describe(node: fx.Node) -> str:

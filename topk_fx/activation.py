@@ -46,4 +46,5 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_derivative),
     "silu": Activation(F.silu, _sigmoid_gate_derivative(1.0)),
     "quick_gelu": Activation(lambda x: x * torch.sigmoid(1.702 * x), _sigmoid_gate_derivative(1.702)),
+    "sigmoid": Activation(torch.sigmoid, lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x))),
 }

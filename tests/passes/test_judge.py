@@ -56,8 +56,8 @@ class Model(nn.Module):
 
 
 INPUTS = (drawn(2, QUERIES, 8), drawn(2, KEYS, 8))
-SITES = ("cross_attn", "self_attn", "mlp.down", "gelu_mlp.down")
-"""Where the sites of a layer are: an FFN in the module of its down projection."""
+SITES = ("cross_attn", "self_attn", "mlp", "gelu_mlp")
+"""Where the sites of a layer are: an FFN in the module that owns its layers."""
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +88,13 @@ OUTCOMES: dict[str, tuple[dict[str, Any], tuple[str, str, str, str]]] = {
     "pays": ({"k": 2, "ffn_k": 3, "when": "pays"}, ("dense_is_faster",) * 4),
     "site_off": ({"k": 2, "sites": {"*.cross_attn": False}},
                  ("disabled_by_config", "", "dense_is_faster", "ffn_k_not_given")),
-    "all_off_but_one": ({"k": 2, "ffn_k": 3, "sites": {"*": False, "*.mlp.*": True}},
+    "all_off_but_one": ({"k": 2, "ffn_k": 3, "sites": {"*": False, "*.mlp": True}},
                         ("disabled_by_config", "disabled_by_config", "", "disabled_by_config")),
     "site_of_its_own_k": ({"sites": {"*.self_attn": {"k": 2}}},
                           ("k_covers_all_keys", "", "dense_is_faster", "ffn_k_not_given")),
     "site_when_it_pays": ({"k": 2, "sites": {"*.self_attn": {"when": "pays"}}},
                           ("", "dense_is_faster", "dense_is_faster", "ffn_k_not_given")),
-    "ffn_of_its_own_k": ({"k": 2, "sites": {"*.gelu_mlp.*": {"ffn_k": 1}}}, ("", "", "dense_is_faster", "")),
+    "ffn_of_its_own_k": ({"k": 2, "sites": {"*.gelu_mlp": {"ffn_k": 1}}}, ("", "", "dense_is_faster", "")),
     "later_glob_wins": ({"k": 2, "sites": {"*_attn": False, "*.self_*": True}},
                         ("disabled_by_config", "", "dense_is_faster", "ffn_k_not_given")),
 }  # fmt: skip

@@ -378,13 +378,13 @@ return (permute_default_10)""",
             str(report),
             """\
 topk_fx: GraphModule: 2 of 3 attention sites rewritten; 1 of 2 ffn sites rewritten; left dense: 1 ffn_k_not_given, 1 probabilities_used_elsewhere
-where         kind       shapes                   k     dense  top-k  what was done
-------------  ---------  -----------------------  ----  -----  -----  ---------------------------------------------------------------------------------------------
-encoder       attention  scores [2,2,5,5], D 4    3     400 B  480 B  rewritten, aten
-encoder.down  ffn        tokens [2,5], hidden 16  0.25  640 B  320 B  rewritten, aten
-decoder       attention  scores [2,2,5,5], D 4    3     400 B  480 B  rewritten, aten
-decoder.down  ffn        tokens [2,5], hidden 16        640 B         left dense: ffn_k_not_given (gelu units are rarely zero: give ffn_k to rewrite it)
-softmax_2     attention                                               left dense: probabilities_used_elsewhere (the probabilities softmax_2 are used by the output)""",
+where      kind       shapes                   k     dense  top-k  what was done
+---------  ---------  -----------------------  ----  -----  -----  ---------------------------------------------------------------------------------------------
+encoder    attention  scores [2,2,5,5], D 4    3     400 B  480 B  rewritten, aten
+encoder    ffn        tokens [2,5], hidden 16  0.25  640 B  320 B  rewritten, aten
+decoder    attention  scores [2,2,5,5], D 4    3     400 B  480 B  rewritten, aten
+decoder    ffn        tokens [2,5], hidden 16        640 B         left dense: ffn_k_not_given (gelu units are rarely zero: give ffn_k to rewrite it)
+softmax_2  attention                                               left dense: probabilities_used_elsewhere (the probabilities softmax_2 are used by the output)""",
         )
 
     def test_report_of_long_sequences(self) -> None:
