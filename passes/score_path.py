@@ -168,7 +168,7 @@ class ScorePath:
             if source is None:
                 operation = read_elementwise(node)
                 sources = [] if operation is None else [x for x in node.all_input_nodes if _may_lead_to_product(x)]
-                source = next((x for x in sources if shape_of(x) == shape_of(node)), next(iter(sources), None))
+                source = next((x for x in sources if _is_like(x, node)), next(iter(sources), None))
             if source is None:
                 raise self._no_product(node if node is start or not _reaches_product(start) else start)
             node = source
@@ -228,8 +228,7 @@ class ScorePath:
             return None
         names = _SCORE_ARGUMENTS.get(call.kind, ("input",))
         sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and _leads_to_product(x)]
-        own = shape_of(call.node)
-        whole = [x for x in sources if own is not None and shape_of(x) == own]
+        whole = [x for x in sources if _is_like(x, call.node)]
         chosen = next(iter(whole or sources), None)
         if call.in_place and chosen is not call.get("input"):
             raise Refuse("inputs_written_between", f"{describe(call.node)} writes the scores into another tensor")
@@ -310,6 +309,12 @@ class ScorePath:
         return tuple(steps)
 
 
+def _is_like(x: fx.Node, node: fx.Node) -> bool:
+    """Whether two nodes certainly have the same shape."""
+    shape, other = shape_of(x), shape_of(node)
+    return shape is not None and other is not None and same_shape(shape, other)
+
+
 def _keeps_shift(event: Event) -> bool:
     """Whether scores of a row that differ by a constant still do after a step (or a move)."""
     if isinstance(event, Call):
@@ -322,7 +327,7 @@ def _keeps_shift(event: Event) -> bool:
         if not isinstance(factor, Operand) or is_scalar(factor.node):
             return True
         shape = shape_of(factor.node)
-        return shape is not None and (not shape or shape[-1] == 1)
+        return shape is not None and (not shape or statically_known_true(shape[-1] == 1))
     return name == "add" or (name in ("keep", "fill") and arguments[1] == -math.inf)
 
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.score.language import Call as Operation
 
-from .axes import EinsumAxes, read_move
+from .axes import EinsumAxes, read_move, same_shape
 from .dialect import Call, Kind, read
 from .elementwise import read_elementwise
 from .layout import Layout
@@ -121,7 +121,7 @@ def _read_step(user: fx.Node, weights: fx.Node, stage: int) -> ScoreStep:
     """What an elementwise call does to the probabilities, if it leaves those that are 0 at 0."""
     operation = read_elementwise(user)
     own, before = shape_of(user), shape_of(weights)
-    if operation is None or (own is not None and before is not None and own != before):
+    if operation is None or (own is not None and before is not None and not same_shape(own, before)):
         raise Refuse("probabilities_changed", f"{describe(user)} uses the probabilities before any product with V")
     step = _as_step(operation, weights, stage)
     if step is None:
