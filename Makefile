@@ -1,5 +1,6 @@
 # make test    lint, type check and tests         make demo    the demo on SmolLM2-135M
 # make lint    ruff and mypy                      make clean   remove what the other targets wrote, but no virtual environment
+# make fuzz    draw programs and check that they are rewritten exactly or not at all: FUZZ_MINUTES=10
 #
 # Each makes its virtual environment first: .venv with the versions of constraints.txt, or, with TORCH=2.15.0, another one
 # named after that version. pip decides by its own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf) where packages come
@@ -10,6 +11,7 @@ PINNED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH ?= $(PINNED_TORCH)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+FUZZ_MINUTES ?= 10
 
 ifeq ($(TORCH),$(PINNED_TORCH))
 VENV := .venv
@@ -30,10 +32,10 @@ INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --constraint $(VENV)/cons
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help test lint typecheck demo clean distclean
+.PHONY: help test lint typecheck fuzz demo clean distclean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 test: lint
 	@echo "== pytest (torch $(TORCH))"
@@ -53,6 +55,9 @@ typecheck: $(VENV)/.test
 	@$(PIP_INSTALL) --no-build-isolation --no-deps --no-compile --target build/typecheck .
 	@cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		$(MYPY_ARGS) --package topk_fx | sed -E 's#^topk_fx/(passes|lowering)/#\1/#'
+
+fuzz: $(VENV)/.test
+	@$(BIN)/python -m pytest -s tests/fuzz/test_fuzz.py -k minutes --fuzz-minutes $(FUZZ_MINUTES) $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
