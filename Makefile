@@ -1,6 +1,7 @@
 # make test    lint, type check and tests         make demo    the demo on SmolLM2-135M
 # make lint    ruff and mypy                      make zoo     tiny models of every Hugging Face architecture against dense
 # make clean   remove what the other targets wrote, but no virtual environment
+# make fuzz    draw programs and check that they are rewritten exactly or not at all: FUZZ_MINUTES=10
 #
 # Each makes its virtual environment first: .venv with the versions of constraints.txt, or, with TORCH=2.15.0, another one
 # named after that version. pip decides by its own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf) where packages come
@@ -12,6 +13,7 @@ TORCH ?= $(PINNED_TORCH)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 ZOO_ARGS ?=
+FUZZ_MINUTES ?= 10
 
 ifeq ($(TORCH),$(PINNED_TORCH))
 VENV := .venv
@@ -32,10 +34,10 @@ INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --constraint $(VENV)/cons
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help test lint typecheck demo zoo clean distclean
+.PHONY: help test lint typecheck demo fuzz zoo clean distclean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 test: lint
 	@echo "== pytest (torch $(TORCH))"
@@ -55,6 +57,9 @@ typecheck: $(VENV)/.test
 	@$(PIP_INSTALL) --no-build-isolation --no-deps --no-compile --target build/typecheck .
 	@cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		$(MYPY_ARGS) --package topk_fx | sed -E 's#^topk_fx/(passes|lowering)/#\1/#'
+
+fuzz: $(VENV)/.test
+	@$(BIN)/python -m pytest -s tests/fuzz/test_fuzz.py -k minutes --fuzz-minutes $(FUZZ_MINUTES) $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)

@@ -256,7 +256,11 @@ def _summed_size(product: Product) -> Any:
     shape, order = shape_of(product.query.node), product.query.order
     if shape is None:
         return None
-    axis = order[product.axes[1]] if order is not None else product.axes[1]
+    axis: int | None = product.axes[1]
+    if order is not None:
+        axis = order[product.axes[1]]
+    elif product.query.transposed:
+        axis = product.axes[0]
     return None if axis is None else shape[axis]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.config import Keep, TopKConfig, kept_count
 from topk_fx.errors import ValidationError
@@ -196,7 +197,7 @@ def _attention_facts(site: AttentionSite, keep: Keep) -> dict[str, Any]:
     if shape is None:
         return {}
     shapes = {"scores": _text(shape), "D": str(site.head_size)}
-    if site.value_size not in (None, site.head_size):
+    if site.value_size is not None and not statically_known_true(site.value_size == site.head_size):
         shapes["Dv"] = str(site.value_size)
     dtype = dtype_of(site.output)
     itemsize = dtype.itemsize if dtype is not None else _WEIGHT_BYTES

@@ -14,6 +14,11 @@ import topk_fx
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-minutes", type=float, default=0.0, help="how long tests/fuzz draws programs")
+    parser.addoption("--fuzz-seed", type=int, default=None, help="of the first round of programs")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test draws the same numbers, alone or in any order."""

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import ExportTrace, values_and_gradients
+from models import Calling, ExportTrace, values_and_gradients
 from torch import Tensor
+from torch.export import Dim
+
+import topk_fx
 
 
 def check(model: Callable[..., Any], *inputs: Tensor) -> list[str]:
@@ -18,9 +21,48 @@ def check(model: Callable[..., Any], *inputs: Tensor) -> list[str]:
     return [site.reason for site in report]
 
 
+def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+
+
 def test_bias_of_float64_looked_up_and_scaled_is_not_rounded_to_float32() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         distance = torch.arange(5)[:, None] - torch.arange(4)
         return torch.add(q @ k.mT, table[distance.clamp(0, 3)], alpha=2).softmax(-1) @ v
 
-    assert check(model, *(torch.randn(*shape, dtype=torch.float64) for shape in ((5, 2), (4, 2), (4, 3), (4,)))) == [""]
+    assert check(model, *drawn((5, 2), (4, 2), (4, 3), (4,))) == [""]
+
+
+def test_symbolic_size_equal_to_the_head_size_stays_symbolic() -> None:
+    """Four queries, whose features come first, and values of size four: reporting the sizes compared the two."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q.mT @ k.mT).softmax(-1) @ v
+
+    def inputs(queries: int) -> list[Tensor]:
+        return drawn((2, 3, queries), (2, 5, 3), (2, 5, 4))
+
+    program = torch.export.export(Calling(model), tuple(inputs(4)), dynamic_shapes=(({2: Dim.AUTO}, {}, {}),))
+    rewritten, report = topk_fx.rewrite(program, k="all")
+    assert report.sites[0].shapes["D"] == "3"
+    longer = inputs(6)
+    torch.testing.assert_close(rewritten.module()(*longer), model(*longer))
+
+
+def test_symbolic_sizes_of_two_products_are_not_compared() -> None:
+    """Three batches of four queries, and a bias that is a product too: that 3 is not 4 is not assumed."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        return (q @ k.mT + position @ position.mT).softmax(-1) @ v
+
+    def inputs(batch: int, length: int) -> list[Tensor]:
+        return drawn((batch, length, 3), (batch, length, 3), (batch, length, 2), (length, 5))
+
+    free = {0: Dim.AUTO, 1: Dim.AUTO}
+    program = torch.export.export(
+        Calling(model), tuple(inputs(3, 4)), dynamic_shapes=((free, free, free, {0: Dim.AUTO}),)
+    )
+    rewritten, report = topk_fx.rewrite(program, k="all")
+    assert [site.rewritten for site in report] == [True]
+    same = inputs(4, 4)
+    torch.testing.assert_close(rewritten.module()(*same), model(*same))

@@ -1,4 +1,4 @@
-"""Programs composed at random, each checked. `make fuzz` draws for minutes; the suite draws a fixed hundred."""
+"""Programs composed at random, each checked. The suite draws the same sixty; `make fuzz` draws others for minutes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 import pytest
 from checks import NotAProgram, check, outcomes
 from hypothesis import HealthCheck, given, reject, seed, settings
-from programs import Program, programs
+from programs import Program
+from writer import programs
 
 import topk_fx
 
-SETTINGS = settings(
-    deadline=None,
-    database=None,
-    print_blob=False,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+IN_SUITE = settings(
+    max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+ROUND = settings(IN_SUITE, max_examples=300, derandomize=False, print_blob=False)
+"""Draws after which a new seed is taken: Hypothesis would come back to what it has seen."""
 
 
 def check_program(program: Program) -> None:
@@ -28,14 +28,30 @@ def check_program(program: Program) -> None:
         topk_fx.clear_reports()
 
 
-def test_program_is_rewritten_exactly_or_left_dense_with_a_reason(request: pytest.FixtureRequest) -> None:
-    minutes = request.config.getoption("--fuzz-minutes", default=0)
+@given(programs())
+@IN_SUITE
+def test_program_is_rewritten_exactly_or_left_dense_with_a_reason(program: Program) -> None:
+    check_program(program)
+
+
+def test_programs_drawn_for_minutes(request: pytest.FixtureRequest) -> None:
+    """Prints the seed of each round, so that a failure can be drawn again with --fuzz-seed."""
+    minutes = request.config.getoption("--fuzz-minutes")
     if not minutes:
-        given(programs())(settings(SETTINGS, max_examples=100, derandomize=True)(check_program))()
-        return
+        pytest.skip("drawing goes on for --fuzz-minutes, which are 0")
+    first = request.config.getoption("--fuzz-seed")
+    number = time.time_ns() % 10**9 if first is None else first
     end = time.monotonic() + 60 * minutes
-    start = time.time_ns()
     while time.monotonic() < end:
-        start += 1
-        given(programs())(seed(start)(settings(SETTINGS, max_examples=200)(check_program)))()
-    print(dict(outcomes))
+        print(f"--fuzz-seed {number}", flush=True)
+
+        @seed(number)
+        @given(programs())
+        @ROUND
+        def draw(program: Program) -> None:
+            if time.monotonic() < end:
+                check_program(program)
+
+        draw()
+        number += 1
+    print(", ".join(f"{count} {name}" for name, count in outcomes.most_common()))
