@@ -64,15 +64,31 @@ inline int count_from(const int32_t* scores, int count, int32_t least) {
 // Keeps the candidates above `least`, and the first `equal` of those that equal it.
 inline void keep_from(Candidates& row, int32_t least, int equal) {
   int kept = 0;
+#if defined(TOPK_AVX512)
+  for (int n = 0; n < row.count; n += LANES) {
+    const __mmask16 inside = __mmask16(row.count - n >= LANES ? 0xffff : (1u << (row.count - n)) - 1);
+    const __m512i scores = _mm512_loadu_si512(row.scores + n), indices = _mm512_loadu_si512(row.indices + n);
+    uint32_t equals = _mm512_mask_cmpeq_epi32_mask(inside, scores, _mm512_set1_epi32(least));
+    const uint32_t above = _mm512_mask_cmpgt_epi32_mask(inside, scores, _mm512_set1_epi32(least));
+    const int found = __builtin_popcount(equals);
+    for (int extra = found - equal; extra > 0; extra--) equals &= ~(1u << (31 - __builtin_clz(equals)));
+    equal -= std::min(found, equal);
+    const __mmask16 mask = __mmask16(above | equals);
+    _mm512_storeu_si512(row.scores + kept, _mm512_maskz_compress_epi32(mask, scores));
+    _mm512_storeu_si512(row.indices + kept, _mm512_maskz_compress_epi32(mask, indices));
+    kept += __builtin_popcount(mask);
+  }
+#else
   for (int n = 0; n < row.count; n++) {
     const int32_t score = row.scores[n];
-    const bool is_equal = score == least;
-    const bool is_kept = score > least || (is_equal && equal > 0);
+    const int is_equal = score == least;
+    const int is_kept = int(score > least) | (is_equal & int(equal > 0));
     equal -= is_equal;
     row.scores[kept] = score;
     row.indices[kept] = row.indices[n];
     kept += is_kept;
   }
+#endif
   row.count = kept;
 }
 
