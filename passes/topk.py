@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from topk_fx.config import Keep, TopKConfig, kept_count
+from topk_fx.errors import LoweringUnavailableError
 from topk_fx.report import RewriteReport
 from topk_fx.report import Site as SiteReport
 
@@ -31,12 +33,14 @@ _INDEX_BYTES = _WEIGHT_BYTES = 4
 class TopKPass:
     """Rewrites attention and FFN sites of a GraphModule, in place, to top-k ops.
 
-    `lowering` is the name of what will compute them, and `pays` tells whether it would beat the dense form.
+    `lowering` is the name of what will compute them where it can, `pays` tells whether it would beat the dense form on
+    a device, and `lowering_of` names what will compute an attention with given arguments, and why it is no better one.
     """
 
     config: TopKConfig
     lowering: str
-    pays: Callable[[str, tuple[Any, ...] | None, Keep], bool]
+    pays: Callable[[str, tuple[Any, ...] | None, Keep, str | None], bool]
+    lowering_of: Callable[[str, Sequence[Any]], tuple[str, str]] | None = None
     name: str = "topk"
 
     def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:
@@ -69,28 +73,41 @@ class TopKPass:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
-        refusal = judge_attention(site, config, self.pays("attention", site.scores_shape, config.k))
+        refusal = judge_attention(
+            site, config, self.pays("attention", site.scores_shape, config.k, _device(site.output))
+        )
         if refusal is not None:
             return _refused(refusal, "attention", where, **facts)
         try:
-            op = rewrite_attention(site, config.k)
+            op = rewrite_attention(site, config.k, self.config.lowering or "")
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "attention", where, **facts)
         facts["mask_bytes"] = _mask_bytes(op)
-        return SiteReport("attention", True, "", "", where, op.name, k=str(config.k), lowering=self.lowering, **facts)
+        name, detail = self._lowering_of(op)
+        return SiteReport("attention", True, "", detail, where, op.name, k=str(config.k), lowering=name, **facts)
+
+    def _lowering_of(self, op: fx.Node) -> tuple[str, str]:
+        """What will compute an op, as far as tracing recorded its tensors; and why it is no better one."""
+        arguments = fx.node.map_arg(op.args, value_of)
+        if self.lowering_of is None or any(x is None for x in (*arguments[:3], *arguments[3])):
+            return self.lowering, ""
+        name, detail = self.lowering_of(self.lowering, arguments)
+        if self.config.lowering not in (None, name):
+            raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")
+        return name, detail
 
     def _rewrite_ffn(self, site: FFNSite) -> SiteReport:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
-        refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config)))
+        refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config), _device(site.output)))
         if refusal is not None:
             return _refused(refusal, "ffn", where, **facts)
         try:
             op = rewrite_ffn(site, ffn_keep(config))
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
-        return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts)
+        return SiteReport("ffn", True, "", "", where, op.name, k=str(ffn_keep(config)), lowering="aten", **facts)
 
 
 def find_site(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | FFNSite | Refusal | None:
@@ -107,6 +124,12 @@ def find_site(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | FFNSi
             return Refusal("opaque_call", f"{node.name} is one call: what happens inside is not in the graph", node)
     softmax = read_softmax(call)
     return None if softmax is None else find_attention(softmax, order)
+
+
+def _device(node: fx.Node) -> str | None:
+    """The type of the device on which a node's value is; None if tracing recorded none."""
+    value = value_of(node)
+    return value.device.type if isinstance(value, torch.Tensor) else None
 
 
 def _positions(graph: fx.Graph) -> dict[fx.Node, int]:

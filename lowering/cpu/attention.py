@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,10 @@ from topk_fx.score import Score
 from ..aten import attention_backward as aten_backward
 from . import build
 from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
+from .sparse import CppProducts, TensorArgument, with_dense_rows
 
 _LONGEST = 2**30 - 1
 """Of queries and of keys: their positions are held in 32 bits, and so are the differences of two."""
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3))
 
 
 class _Operand(ctypes.Structure):
@@ -36,7 +34,7 @@ class _ForwardArguments(ctypes.Structure):
     """`ForwardArguments` of attention.cpp."""
 
     _fields_ = (
-        *((name, _Tensor) for name in ("query", "key", "value")),
+        *((name, TensorArgument) for name in ("query", "key", "value")),
         *((name, ctypes.c_void_p) for name in ("output", "indices", "weights", "dropout_keep")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "value_heads", "queries", "keys")),
         *((name, ctypes.c_int64) for name in ("depth", "value_size", "kept")),
@@ -55,10 +53,10 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor
             return f"{name} is on {x.device}"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} has dtype {x.dtype}; there are kernels for float32, bfloat16 and float16"
-    if max(query.size(-2), key.size(-2)) > _LONGEST:
+    if any(isinstance(size, int) and size > _LONGEST for x in (query, key) for size in x.shape):
         return f"there are more than {_LONGEST} queries or keys"
     why = build.why_unavailable()
-    return why or _why_no_code(score, _kinds(Score.parse(score), operands, key.size(-2)))
+    return why or _why_no_code(score, _kinds(Score.parse(score), operands))
 
 
 def attention_forward(
@@ -87,14 +85,14 @@ def attention_forward(
     if 0 in (output.numel(), weights.numel()):
         return output.zero_(), indices.zero_(), weights.zero_()
     function = Score.parse(score)
-    before, after = _programs(score, _kinds(function, operands, keys))
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    before, after = _programs(score, _kinds(function, operands))
+    query, key, value = map(with_dense_rows, (query, key, value))
     sink = -1 if function.sink is None else function.sink.index
     operands = [x.float() if number == sink else x for number, x in enumerate(operands)]
     described = (_Operand * len(operands))(*(_operand(x, n in function.tables) for n, x in enumerate(operands)))
     keep = None if dropout_keep is None else dropout_keep.contiguous()
     arguments = _ForwardArguments(
-        *(_tensor(x) for x in (query, key, value)),
+        *(TensorArgument.of(x) for x in (query, key, value)),
         *(x.data_ptr() for x in (output, indices, weights)),
         None if keep is None else keep.data_ptr(),
         *(batch, heads, key.size(1), value.size(1), queries, keys, depth, value_size, kept),
@@ -107,12 +105,9 @@ def attention_forward(
     return output, indices, weights
 
 
-def attention_backward(*args, **kwargs) -> list[Tensor]:
-    return aten_backward(*args, **kwargs)
-
-
-def _tensor(x: Tensor) -> _Tensor:
-    return _Tensor(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]))
+def attention_backward(*arguments: Any) -> list[Tensor]:
+    """The gradients as `aten.attention_backward`, with the sparse products in C++."""
+    return aten_backward(*arguments, sparse_products=CppProducts)
 
 
 def _operand(x: Tensor, is_table: bool) -> _Operand:
@@ -120,11 +115,19 @@ def _operand(x: Tensor, is_table: bool) -> _Operand:
     return _Operand(x.data_ptr(), (ctypes.c_int64 * 4)(*strides), x.size(-1))
 
 
-def _kinds(function: Score, operands: Sequence[Tensor], keys: int) -> tuple[OperandKind, ...]:
+def _kinds(function: Score, operands: Sequence[Tensor]) -> tuple[OperandKind, ...]:
+    """What code depends on of the operands. Symbolic sizes count as unknown."""
+
     def along_keys(x: Tensor) -> str:
-        return "one" if x.size(-1) == 1 else "dense" if x.stride(-1) == 1 else "strided"
+        if x.dim() == 0 or _is_one(x.size(-1)):
+            return "one"
+        return "dense" if _is_one(x.stride(-1)) else "strided"
 
     return tuple(OperandKind(x.dtype, "" if n in function.tables else along_keys(x)) for n, x in enumerate(operands))
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _kernel(query_type: str, value_type: str) -> ctypes._CFuncPtr:

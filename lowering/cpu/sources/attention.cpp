@@ -14,12 +14,9 @@
 // The build defines QUERY and VALUE, the element types, and TOPK_AVX512_BF16 where pairs of bfloat16 are multiplied.
 // Source: Gupta et al. 2021, arXiv:2106.06899.
 
-#include <atomic>
-#include <cstddef>
-#include <new>
-
 #include <omp.h>
 
+#include "rows.h"
 #include "score.h"
 #include "selection.h"
 
@@ -36,19 +33,10 @@ constexpr int TILE_BYTES = 1 << 18;  // of the candidates of a tile: they stay i
 constexpr int MAX_TILE_ROWS = 96;
 constexpr int64_t MIN_SPLIT = 512;  // keys
 
-#if defined(TOPK_AVX512_BF16)
-constexpr bool PAIRS = std::is_same_v<Query, BFloat16>;
-#else
-constexpr bool PAIRS = false;
-#endif
+constexpr bool PAIRS = IN_PAIRS<Query>;
 
 // What products are made of: a float, or two bfloat16 of neighbouring columns.
 using Factor = std::conditional_t<PAIRS, uint32_t, float>;
-
-struct Tensor {
-  const void* data;
-  int64_t strides[3];  // of batch, head and position; the last axis is contiguous
-};
 
 }  // namespace
 
@@ -71,23 +59,6 @@ namespace {
 
 using Arguments = ForwardArguments;
 
-int64_t rounded_up(int64_t x, int64_t step) {
-  return (x + step - 1) / step * step;
-}
-
-// Memory of its own, on cache lines; throws bad_alloc.
-class Buffer {
- public:
-  explicit Buffer(size_t bytes) : data_(static_cast<std::byte*>(::operator new(bytes + 64, std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  std::byte* at(size_t offset) const { return data_ + offset; }
-
- private:
-  std::byte* data_;
-};
-
 // Hands out parts of a buffer.
 class Arena {
  public:
@@ -106,11 +77,6 @@ class Arena {
 };
 
 // --- Products
-
-template <typename T>
-const T* row_of(const Tensor& x, int64_t batch, int64_t head, int64_t position) {
-  return static_cast<const T*>(x.data) + batch * x.strides[0] + head * x.strides[1] + position * x.strides[2];
-}
 
 int64_t factors_of(int64_t depth) {
   return PAIRS ? (depth + 1) / 2 : depth;
@@ -192,44 +158,13 @@ float pack_keys(const Arguments& a, int64_t batch, int64_t head, int64_t first, 
 // Scores of up to FEW_ROWS rows by the keys of a block, where the keys lie. queries [rows][depth].
 void multiply_few(const Arguments& a, int64_t batch, int64_t head, int64_t first, int64_t count, const Query* queries,
                   int64_t query_stride, int rows, float* scores) {
-  constexpr int STEP = PAIRS ? 2 * LANES : LANES;
   const Vec scale = broadcast(float(a.scale));
-  const int64_t whole = a.depth / STEP * STEP;
   for (int64_t begin = 0; begin < count; begin += LANES) {
     const Query* keys[LANES];
-    for (int j = 0; j < LANES; j++) {
-      const int64_t key = first + std::min(begin + j, count - 1);
-      keys[j] = row_of<Query>(a.key, batch, head, key);
-    }
-    for (int r = 0; r < rows; r++) {
-      const Query* query = queries + r * query_stride;
-      Vec products[LANES];
-#pragma GCC unroll 16
-      for (int j = 0; j < LANES; j++) {
-        Vec total = zero();
-#if defined(TOPK_AVX512_BF16)
-        if constexpr (PAIRS) {
-          for (int64_t n = 0; n < whole; n += STEP)
-            total = _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(keys[j] + n),
-                                     (__m512bh)_mm512_loadu_si512(query + n));
-        } else
-#endif
-        {
-          for (int64_t n = 0; n < whole; n += STEP) total = fma(load(keys[j] + n), load(query + n), total);
-        }
-        products[j] = total;
-      }
-      Vec total = sums(products);
-      if (whole < a.depth) {
-        float rest[LANES];
-        for (int j = 0; j < LANES; j++) {
-          rest[j] = 0;
-          for (int64_t n = whole; n < a.depth; n++) rest[j] += to_float(keys[j][n]) * to_float(query[n]);
-        }
-        total = add(total, load(rest));
-      }
-      store(scores + r * BLOCK + begin, mul(total, scale));
-    }
+    for (int j = 0; j < LANES; j++)
+      keys[j] = row_of<Query>(a.key, batch, head, first + std::min(begin + j, count - 1));
+    for (int r = 0; r < rows; r++)
+      store(scores + r * BLOCK + begin, mul(dots(queries + r * query_stride, keys, a.depth), scale));
   }
 }
 
@@ -266,6 +201,7 @@ struct Scratch {
   Query* queries;  // [FEW_ROWS][depth], where keys are not packed
   float* scores;  // [GROUP_ROWS][BLOCK]
   float* probabilities;  // [kept]
+  int64_t* offsets;  // [kept], of the rows of kept values
 
   Scratch(const Arguments& a, Arena& arena, int64_t tile_rows) {
     positions = arena.take<RowPosition>(tile_rows);
@@ -274,7 +210,8 @@ struct Scratch {
     factors = arena.take<Factor>(tile_rows * factors_of(a.depth));
     queries = arena.take<Query>(FEW_ROWS * a.depth);
     scores = arena.take<float>(std::max(GROUP_ROWS, FEW_ROWS) * BLOCK);
-    probabilities = arena.take<float>(a.kept + LANES);
+    probabilities = arena.take<float>(a.kept);
+    offsets = arena.take<int64_t>(a.kept);
   }
 };
 
@@ -368,66 +305,6 @@ void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, i
 
 // --- The kept keys of a row
 
-// output[0 .. VECTORS * LANES) = sum over n of weights[n] * values[keys[n]]
-template <int VECTORS>
-void weigh_columns(const Value* values, int64_t stride, const float* weights, const int32_t* keys, int count,
-                   float* output) {
-  constexpr int AHEAD = 8;
-  Vec sums[VECTORS];
-#pragma GCC unroll 8
-  for (int c = 0; c < VECTORS; c++) sums[c] = zero();
-  for (int n = 0; n < count; n++) {
-    if (n + AHEAD < count) {
-      const Value* next = values + keys[n + AHEAD] * stride;
-      for (size_t byte = 0; byte < VECTORS * LANES * sizeof(Value); byte += 64)
-        prefetch(reinterpret_cast<const char*>(next) + byte);
-    }
-    const Value* row = values + keys[n] * stride;
-    const Vec weight = broadcast(weights[n]);
-#pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; c++) sums[c] = fma(weight, load(row + c * LANES), sums[c]);
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < VECTORS; c++) store(output + c * LANES, sums[c]);
-}
-
-void weigh(const Arguments& a, const Value* values, const float* weights, const int32_t* keys, int count,
-           Value* output) {
-  constexpr int WIDEST = 8 * LANES;
-  const int64_t stride = a.value.strides[2];
-  float sums[WIDEST];
-  int64_t column = 0;
-  const auto write = [&](int64_t columns) {
-    for (int64_t c = 0; c < columns; c++) from_float(sums[c], output[column + c]);
-    column += columns;
-  };
-  while (a.value_size - column >= LANES) {
-    const int64_t left = (a.value_size - column) / LANES;
-    if (left >= 8) {
-      weigh_columns<8>(values + column, stride, weights, keys, count, sums);
-      write(8 * LANES);
-    } else if (left >= 4) {
-      weigh_columns<4>(values + column, stride, weights, keys, count, sums);
-      write(4 * LANES);
-    } else if (left >= 2) {
-      weigh_columns<2>(values + column, stride, weights, keys, count, sums);
-      write(2 * LANES);
-    } else {
-      weigh_columns<1>(values + column, stride, weights, keys, count, sums);
-      write(LANES);
-    }
-  }
-  const int64_t left = a.value_size - column;
-  if (left) {
-    for (int64_t c = 0; c < left; c++) sums[c] = 0;
-    for (int n = 0; n < count; n++) {
-      const Value* row = values + keys[n] * stride + column;
-      for (int64_t c = 0; c < left; c++) sums[c] += weights[n] * to_float(row[c]);
-    }
-    write(left);
-  }
-}
-
 template <typename T>
 T element(const Operand& x, int64_t batch, const RowPosition& row) {
   return static_cast<const T*>(x.data)[batch * x.batch_stride + row.head * x.head_stride + row.query * x.query_stride];
@@ -453,7 +330,8 @@ void softmax(const Candidates& row, const float* sink, float* probabilities) {
   for (int n = 0; n < row.count; n++) probabilities[n] *= factor;
 }
 
-void finish(const Arguments& a, const Tile& tile, const RowPosition& position, Candidates& row, float* probabilities) {
+void finish(const Arguments& a, const Tile& tile, const RowPosition& position, Candidates& row, const Scratch& s) {
+  float* probabilities = s.probabilities;
   const int64_t number = (tile.batch * a.heads + position.head) * a.queries + position.query;
   int32_t* indices = a.indices + number * a.kept;
   float* weights = a.weights + number * a.kept;
@@ -485,7 +363,8 @@ void finish(const Arguments& a, const Tile& tile, const RowPosition& position, C
     }
   }
   const Value* values = row_of<Value>(a.value, tile.batch, position.head / (a.heads / a.value_heads), 0);
-  weigh(a, values, probabilities, row.indices, row.count, static_cast<Value*>(a.output) + number * a.value_size);
+  for (int n = 0; n < row.count; n++) s.offsets[n] = row.indices[n] * a.value.strides[2];
+  weigh(values, s.offsets, probabilities, row.count, a.value_size, static_cast<Value*>(a.output) + number * a.value_size);
 }
 
 // --- The whole
@@ -504,8 +383,8 @@ void prefill(const Arguments& a) {
 
   const Buffer packed(heads_at_once * blocks * BLOCK * factors * sizeof(Factor));
   const Buffer packed_norms(heads_at_once * blocks * sizeof(float));
-  Factor* panels = reinterpret_cast<Factor*>(packed.at(0));
-  float* key_norms = reinterpret_cast<float*>(packed_norms.at(0));
+  Factor* panels = packed.as<Factor>();
+  float* key_norms = packed_norms.as<float>();
   Arena counter(nullptr);
   Scratch(a, counter, tile_rows);
   const int64_t scratch_bytes = int64_t(counter.used());
@@ -514,7 +393,7 @@ void prefill(const Arguments& a) {
 
 #pragma omp parallel num_threads(int(a.threads))
   {
-    Arena arena(memory.at(omp_get_thread_num() * thread_bytes));
+    Arena arena(memory.as<std::byte>(omp_get_thread_num() * thread_bytes));
     Scratch scratch(a, arena, tile_rows);
     int32_t* lists = arena.take<int32_t>(0);
     for (int64_t r = 0; r < tile_rows; r++) {
@@ -538,7 +417,7 @@ void prefill(const Arguments& a) {
         pack_queries(a, tile, scratch);
         scan_panels(a, tile, scratch, panels + local * blocks * BLOCK * factors, key_norms + local * blocks, capacity);
         for (int r = 0; r < tile.rows; r++)
-          finish(a, tile, scratch.positions[r], scratch.candidates[r], scratch.probabilities);
+          finish(a, tile, scratch.positions[r], scratch.candidates[r], scratch);
       }
     }
   }
@@ -561,14 +440,14 @@ void decode(const Arguments& a) {
   const int64_t thread_bytes = rounded_up(int64_t(counter.used()) + list_bytes, 4096) + 64;
   const Buffer memory(a.threads * thread_bytes);
   const Buffer found_memory(all_heads * splits * rows * (2 * kept_of_split + 1) * sizeof(int32_t));
-  int32_t* found = reinterpret_cast<int32_t*>(found_memory.at(0));
+  int32_t* found = found_memory.as<int32_t>();
   const auto found_of = [&](int64_t head, int64_t split, int64_t row) {
     return found + ((head * splits + split) * rows + row) * (2 * kept_of_split + 1);
   };
 
 #pragma omp parallel num_threads(int(a.threads))
   {
-    Arena arena(memory.at(omp_get_thread_num() * thread_bytes));
+    Arena arena(memory.as<std::byte>(omp_get_thread_num() * thread_bytes));
     Scratch scratch(a, arena, FEW_ROWS);
     int32_t* lists = arena.take<int32_t>(0);
 #pragma omp for schedule(dynamic, 1)
@@ -602,7 +481,7 @@ void decode(const Arguments& a) {
         std::copy(source + 1 + kept_of_split, source + 1 + kept_of_split + source[0], row.indices + row.count);
         row.count += source[0];
       }
-      finish(a, tile, scratch.positions[0], row, scratch.probabilities);
+      finish(a, tile, scratch.positions[0], row, scratch);
     }
   }
 }
