@@ -76,6 +76,36 @@ class Arena {
   size_t used_ = 0;
 };
 
+// --- Candidates
+
+// How many candidates a row keeps at least, and has room for.
+struct Limits {
+  int k, capacity;
+
+  explicit Limits(const Arguments& a) : k(int(a.kept)) {
+    const int64_t wanted = std::max(2 * a.kept, a.kept + 128) + BLOCK;
+    // A vector more, which appending may write.
+    capacity = int(rounded_up(std::min(wanted, a.keys + BLOCK), LANES) + LANES);
+  }
+};
+
+// Leaves room for the scores of another block.
+inline void make_room(Candidates& row, const Limits& limits) {
+  if (row.count + BLOCK + LANES > limits.capacity) keep_largest(row, limits.k, limits.k / 4 + 8);
+}
+
+// Appends the scores of a block that are above the row's threshold.
+void filter(Candidates& row, const float* scores, int64_t count, int64_t first_key, const Limits& limits) {
+  const Vec threshold = broadcast(row.threshold);
+  for (int64_t n = 0; n < count; n += LANES) {
+    const Vec block = load(scores + n);
+    uint32_t bits = not_less_equal(block, threshold);
+    if (n + LANES > count) bits &= (1u << (count - n)) - 1;
+    if (bits) append(row, block, bits, first_key + n);
+  }
+  make_room(row, limits);
+}
+
 // --- Products
 
 int64_t factors_of(int64_t depth) {
@@ -102,34 +132,75 @@ inline Vec multiply_add(Factor a, const Factor* b, Vec c) {
     return fma(broadcast(bit_cast<float>(a)), load(reinterpret_cast<const float*>(b)), c);
 }
 
-// scores[r][0 .. PANEL) = scale * sum over n of query[n][r] * panel[n][..]
+// result[r] = scale * sum over n of query[n][r] * panel[n][..]
 template <int ROWS>
-void multiply_panel(const Factor* query, const Factor* panel, int64_t factors, float scale, float* scores) {
-  Vec sums[ROWS][2];
+inline __attribute__((always_inline)) void multiply_panel(const Factor* query, const Factor* panel, int64_t factors,
+                                                          float scale, Vec (&result)[ROWS][2]) {
 #pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = zero();
+  for (int r = 0; r < ROWS; r++) result[r][0] = result[r][1] = zero();
   for (int64_t n = 0; n < factors; n++) {
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++) {
       const Factor factor = query[n * GROUP_ROWS + r];
-      sums[r][0] = multiply_add(factor, panel + n * PANEL, sums[r][0]);
-      sums[r][1] = multiply_add(factor, panel + n * PANEL + LANES, sums[r][1]);
+      result[r][0] = multiply_add(factor, panel + n * PANEL, result[r][0]);
+      result[r][1] = multiply_add(factor, panel + n * PANEL + LANES, result[r][1]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; r++) {
-    store(scores + r * BLOCK, mul(sums[r][0], broadcast(scale)));
-    store(scores + r * BLOCK + LANES, mul(sums[r][1], broadcast(scale)));
+    result[r][0] = mul(result[r][0], broadcast(scale));
+    result[r][1] = mul(result[r][1], broadcast(scale));
   }
 }
 
-void multiply_group(const Factor* query, const Factor* panel, int64_t factors, float scale, float* scores, int rows) {
+// Scores of a group of query rows by a panel of keys.
+struct Panel {
+  const Factor *query, *keys;
+  int64_t factors;
+  float scale;
+  int rows;
+};
+
+template <int ROWS>
+void store_panel(const Panel& panel, float* scores) {
+  Vec found[ROWS][2];
+  multiply_panel(panel.query, panel.keys, panel.factors, panel.scale, found);
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; r++) {
+    store(scores + r * BLOCK, found[r][0]);
+    store(scores + r * BLOCK + LANES, found[r][1]);
+  }
+}
+
+// Candidates straight from the registers: most panels have none, and are never stored.
+template <int ROWS>
+void filter_panel(const Panel& panel, Candidates* rows, int64_t first_key, int64_t count, const Limits& limits) {
+  Vec found[ROWS][2];
+  multiply_panel(panel.query, panel.keys, panel.factors, panel.scale, found);
+  const uint64_t inside = count >= PANEL ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; r++) {
+    if (r >= panel.rows) break;
+    const Vec threshold = broadcast(rows[r].threshold);
+    const uint64_t low = not_less_equal(found[r][0], threshold), high = not_less_equal(found[r][1], threshold);
+    const uint64_t bits = (low | high << LANES) & inside;
+    if (bits) {
+      append(rows[r], found[r][0], uint32_t(bits & ((1u << LANES) - 1)), first_key);
+      append(rows[r], found[r][1], uint32_t(bits >> LANES), first_key + LANES);
+      make_room(rows[r], limits);
+    }
+  }
+}
+
+// Calls with the smallest of three group sizes that holds the rows.
+template <typename Function>
+inline void for_rows(int rows, Function function) {
   if (rows > GROUP_ROWS * 2 / 3)
-    multiply_panel<GROUP_ROWS>(query, panel, factors, scale, scores);
+    function(std::integral_constant<int, GROUP_ROWS>());
   else if (rows > GROUP_ROWS / 3)
-    multiply_panel<GROUP_ROWS * 2 / 3>(query, panel, factors, scale, scores);
+    function(std::integral_constant<int, GROUP_ROWS * 2 / 3>());
   else
-    multiply_panel<(GROUP_ROWS + 2) / 3>(query, panel, factors, scale, scores);
+    function(std::integral_constant<int, (GROUP_ROWS + 2) / 3>());
 }
 
 // Panels [depth][PANEL] of the keys of a block, zero beyond the last key; returns their largest squared norm.
@@ -168,24 +239,7 @@ void multiply_few(const Arguments& a, int64_t batch, int64_t head, int64_t first
   }
 }
 
-// --- Candidates
-
-int64_t capacity_of(const Arguments& a) {
-  const int64_t wanted = std::max(2 * a.kept, a.kept + 128) + BLOCK;
-  return rounded_up(std::min(wanted, a.keys + BLOCK), LANES) + LANES;  // a vector more, which appending may write
-}
-
-// Appends the scores of a block that are above the row's threshold.
-void filter(Candidates& row, const float* scores, int64_t count, int64_t first_key, int64_t k, int64_t capacity) {
-  if (row.count + BLOCK + LANES > capacity) keep_largest(row, int(k), int(k / 4 + 8));
-  const Vec threshold = broadcast(row.threshold);
-  for (int64_t n = 0; n < count; n += LANES) {
-    const Vec block = load(scores + n);
-    uint32_t bits = not_less_equal(block, threshold);
-    if (n + LANES > count) bits &= (1u << (count - n)) - 1;
-    if (bits) append(row, block, bits, first_key + n);
-  }
-}
+// --- Tiles
 
 // Query rows that share a key head: row r is query r % Lq of the r / Lq-th head of the group.
 struct Tile {
@@ -252,10 +306,10 @@ bool can_skip(const Arguments& a, const Block& block, const Candidates* rows, fl
 }
 
 void take_candidates(const Arguments& a, const Block& block, const BlockFacts& facts, Candidates* rows, float* scores,
-                     int64_t capacity) {
+                     const Limits& limits) {
   if (facts.change != Change::NONE) a.before.apply(block, scores, BLOCK, facts.change);
   for (int64_t r = 0; r < block.row_count; r++)
-    filter(rows[r], scores + r * BLOCK, block.key_count, block.first_key, a.kept, capacity);
+    filter(rows[r], scores + r * BLOCK, block.key_count, block.first_key, limits);
 }
 
 // An upper bound of |scale * q.k|, rounding included.
@@ -265,7 +319,7 @@ float product_bound(const Arguments& a, float query_norm, float key_norm) {
 }
 
 void scan_panels(const Arguments& a, const Tile& tile, Scratch& s, const Factor* panels, const float* key_norms,
-                 int64_t capacity) {
+                 const Limits& limits) {
   const int64_t factors = factors_of(a.depth);
   for (int64_t first = 0; first < a.keys; first += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, a.keys - first);
@@ -281,14 +335,21 @@ void scan_panels(const Arguments& a, const Tile& tile, Scratch& s, const Factor*
       BlockFacts facts;
       if (can_skip(a, block, s.candidates + group, largest, facts)) continue;
       const Factor* query = s.factors + group * factors;
-      for (int64_t begin = 0; begin < count; begin += PANEL)
-        multiply_group(query, panels + (first + begin) * factors, factors, float(a.scale), s.scores + begin, rows);
-      take_candidates(a, block, facts, s.candidates + group, s.scores, capacity);
+      for_rows(rows, [&](auto group_rows) {
+        for (int64_t begin = 0; begin < count; begin += PANEL) {
+          const Panel panel{query, panels + (first + begin) * factors, factors, float(a.scale), rows};
+          if (facts.change == Change::NONE)
+            filter_panel<group_rows>(panel, s.candidates + group, first + begin, count - begin, limits);
+          else
+            store_panel<group_rows>(panel, s.scores + begin);
+        }
+      });
+      if (facts.change != Change::NONE) take_candidates(a, block, facts, s.candidates + group, s.scores, limits);
     }
   }
 }
 
-void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, int64_t end, int64_t capacity) {
+void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, int64_t end, const Limits& limits) {
   for (int r = 0; r < tile.rows; r++) {
     const Query* row = row_of<Query>(a.query, tile.batch, s.positions[r].head, s.positions[r].query);
     std::copy(row, row + a.depth, s.queries + r * a.depth);
@@ -299,7 +360,7 @@ void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, i
     BlockFacts facts;
     if (can_skip(a, block, s.candidates, INF, facts)) continue;
     multiply_few(a, tile.batch, tile.key_head, first, count, s.queries, a.depth, tile.rows, s.scores);
-    take_candidates(a, block, facts, s.candidates, s.scores, capacity);
+    take_candidates(a, block, facts, s.candidates, s.scores, limits);
   }
 }
 
@@ -324,8 +385,11 @@ void softmax(const Candidates& row, const float* sink, float* probabilities) {
     return;
   }
   for (int n = 0; n < row.count; n++) probabilities[n] = exp_nonpositive(probabilities[n] - largest);
-  float total = sink ? exp_nonpositive(*sink - largest) : 0;
-  for (int n = 0; n < row.count; n++) total += probabilities[n];
+  Vec totals = zero();
+  int n = 0;
+  for (; n + LANES <= row.count; n += LANES) totals = add(totals, load(probabilities + n));
+  float total = sum(totals) + (sink ? exp_nonpositive(*sink - largest) : 0.0f);
+  for (; n < row.count; n++) total += probabilities[n];
   const float factor = 1 / total;
   for (int n = 0; n < row.count; n++) probabilities[n] *= factor;
 }
@@ -371,7 +435,8 @@ void finish(const Arguments& a, const Tile& tile, const RowPosition& position, C
 
 // Tiles of query rows over packed keys, some key heads at a time so that their panels need little memory.
 void prefill(const Arguments& a) {
-  const int64_t capacity = capacity_of(a), factors = factors_of(a.depth);
+  const Limits limits(a);
+  const int64_t capacity = limits.capacity, factors = factors_of(a.depth);
   const int64_t rows = a.heads / a.key_heads * a.queries;
   const int64_t row_bytes = capacity * 2 * int64_t(sizeof(int32_t));
   const int64_t tile_rows = rounded_up(
@@ -415,7 +480,7 @@ void prefill(const Arguments& a) {
         const Tile tile{which / a.key_heads, which % a.key_heads, first_row, int(std::min(tile_rows, rows - first_row))};
         start(a, tile, scratch);
         pack_queries(a, tile, scratch);
-        scan_panels(a, tile, scratch, panels + local * blocks * BLOCK * factors, key_norms + local * blocks, capacity);
+        scan_panels(a, tile, scratch, panels + local * blocks * BLOCK * factors, key_norms + local * blocks, limits);
         for (int r = 0; r < tile.rows; r++)
           finish(a, tile, scratch.positions[r], scratch.candidates[r], scratch);
       }
@@ -425,7 +490,8 @@ void prefill(const Arguments& a) {
 
 // Few rows to a key head: the keys are split, each split leaves up to k candidates of a row, and these are joined.
 void decode(const Arguments& a) {
-  const int64_t capacity = capacity_of(a), rows = a.heads / a.key_heads * a.queries;
+  const Limits limits(a);
+  const int64_t capacity = limits.capacity, rows = a.heads / a.key_heads * a.queries;
   const int64_t all_heads = a.batch * a.key_heads;
   const int64_t most = std::max<int64_t>(1, a.keys / std::max(MIN_SPLIT, 4 * a.kept));
   const int64_t wanted = all_heads >= 4 * a.threads ? 1 : rounded_up(4 * a.threads, all_heads) / all_heads;
@@ -459,7 +525,7 @@ void decode(const Arguments& a) {
         scratch.candidates[r].scores = lists + 2 * r * capacity;
         scratch.candidates[r].indices = lists + (2 * r + 1) * capacity;
       }
-      scan_few(a, tile, scratch, begin, std::min(begin + split_keys, a.keys), capacity);
+      scan_few(a, tile, scratch, begin, std::min(begin + split_keys, a.keys), limits);
       for (int64_t r = 0; r < rows; r++) {
         Candidates& row = scratch.candidates[r];
         keep_largest(row, int(a.kept), 0);
