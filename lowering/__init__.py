@@ -1,11 +1,13 @@
-"""op -> kernel: registers what computes each topk_fx op. ATen chunks serve every device."""
+"""op -> kernel: registers what computes each topk_fx op. ATen chunks serve every device, C++ kernels processors."""
 
 from topk_fx.ops import library
 
-from . import aten
-from .choice import choose, pays
+from . import aten, cpu, dispatch
+from .choice import choose, lowering_of, pays
 
-for _name in ("attention_forward", "attention_backward", "ffn_forward", "ffn_backward"):
-    library.impl(_name, getattr(aten, _name), "CompositeExplicitAutograd")
+library.impl("attention_forward", dispatch.attention_forward, "CompositeExplicitAutograd")
+library.impl("attention_backward", dispatch.attention_backward, "CompositeExplicitAutograd")
+library.impl("ffn_forward", aten.ffn_forward, "CompositeExplicitAutograd")
+library.impl("ffn_backward", aten.ffn_backward, "CompositeExplicitAutograd")
 
-__all__ = ["aten", "choose", "pays"]
+__all__ = ["aten", "choose", "cpu", "lowering_of", "pays"]

@@ -30,8 +30,8 @@ EVERY_KEY = 2**62
 """k="all" where tracing recorded no shapes: more keys than there can be."""
 
 
-def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
-    """Puts `topk_fx::attention` in the place of a site and returns its node.
+def rewrite_attention(site: AttentionSite, keep: Keep, lowering: str = "") -> fx.Node:
+    """Puts `topk_fx::attention` in the place of a site and returns its node; `lowering` is the one asked for, or "".
 
     Raises:
         EmitError: the op cannot be written down here, or would not have the shape of what it replaces; the graph is
@@ -39,7 +39,7 @@ def rewrite_attention(site: AttentionSite, keep: Keep) -> fx.Node:
     """
     emit = Emitter(site.output)
     try:
-        output = _emit_attention(emit, site, keep)
+        output = _emit_attention(emit, site, keep, lowering)
         _check_shape(emit, output, site.output)
         output = _lay_out(emit, output, site.output)
         sizes = [(size, _same_size(size, site)) for size in site.sizes]
@@ -83,7 +83,7 @@ def _same_size(size: fx.Node, site: AttentionSite) -> fx.Node:
     return node
 
 
-def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
+def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep, lowering: str) -> fx.Node:
     score, weights = site.score_layout, site.weight_layout
     query = _to_softmax(emit, _arrange(emit, site.query), score, site.start_axes)
     key = _to_softmax(emit, _arrange(emit, site.key), score, site.start_axes)
@@ -98,7 +98,9 @@ def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep) -> fx.Node:
         scale = emit.call(operator.truediv, 1.0, scale)
     arguments: list[Any] = [query, key, value, operands, text, scale, _emit_kept_keys(emit, value, keep)]
     arguments += _emit_dropout(emit, site.dropout_p, site.dropout_module)
-    kwargs = {"zero_empty_rows": True} if site.zero_empty_rows else {}
+    kwargs: dict[str, Any] = {"zero_empty_rows": True} if site.zero_empty_rows else {}
+    if lowering:
+        kwargs["lowering"] = lowering
     output = emit.call(torch.ops.topk_fx.attention.default, *arguments, name="attention", **kwargs)
     output = _from_last(emit, output, score)
     output, _ = weights.apply(emit, output, score.axes)

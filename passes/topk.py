@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.config import Keep, TopKConfig, kept_count
-from topk_fx.errors import ValidationError
+from topk_fx.errors import LoweringUnavailableError, ValidationError
 from topk_fx.report import RewriteReport
 from topk_fx.report import Site as SiteReport
 
@@ -37,12 +38,14 @@ _INDEX_BYTES = _WEIGHT_BYTES = 4
 class TopKPass:
     """Rewrites attention and FFN sites of a GraphModule, in place, to top-k ops.
 
-    `lowering` is the name of what will compute them, and `pays` tells whether it would beat the dense form.
+    `lowering` is the name of what will compute them where it can, `pays` tells whether it would beat the dense form on
+    a device, and `lowering_of` names what will compute an attention with given arguments, and why it is no better one.
     """
 
     config: TopKConfig
     lowering: str
-    pays: Callable[[str, tuple[Any, ...] | None, Keep], bool]
+    pays: Callable[[str, tuple[Any, ...] | None, Keep, str | None], bool]
+    lowering_of: Callable[[str, Sequence[Any]], tuple[str, str]] | None = None
     name: str = "topk"
 
     def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:
@@ -110,26 +113,38 @@ class TopKPass:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
-        refusal = judge_attention(site, config, self.pays("attention", site.scores_shape, config.k))
+        refusal = judge_attention(
+            site, config, self.pays("attention", site.scores_shape, config.k, _device(site.output))
+        )
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
         if refusal is not None:
             return _refused(refusal, "attention", where, **facts)
         try:
-            op = rewrite_attention(site, config.k)
+            op = rewrite_attention(site, config.k, self.config.lowering or "")
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "attention", where, **facts)
         facts["mask_bytes"] = _mask_bytes(op)
-        return SiteReport(
-            "attention", True, "", detail, where, op.name, k=str(config.k), lowering=self.lowering, **facts
-        )
+        name, why = self._lowering_of(op)
+        detail = "; ".join(filter(None, (detail, why)))
+        return SiteReport("attention", True, "", detail, where, op.name, k=str(config.k), lowering=name, **facts)
+
+    def _lowering_of(self, op: fx.Node) -> tuple[str, str]:
+        """What will compute an op, as far as tracing recorded its tensors; and why it is no better one."""
+        arguments = fx.node.map_arg(op.args, value_of)
+        if self.lowering_of is None or any(x is None for x in (*arguments[:3], *arguments[3])):
+            return self.lowering, ""
+        name, detail = self.lowering_of(self.lowering, arguments)
+        if self.config.lowering not in (None, name):
+            raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")
+        return name, detail
 
     def _rewrite_ffn(self, site: FFNSite, validator: Validator | None) -> SiteReport:
         where = owner_path(site.products)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
-        refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config)))
+        refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config), _device(site.output)))
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
@@ -139,9 +154,7 @@ class TopKPass:
             op = rewrite_ffn(site, ffn_keep(config))
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
-        return SiteReport(
-            "ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering=self.lowering, **facts
-        )
+        return SiteReport("ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering="aten", **facts)
 
     def _validate(
         self, site: AttentionSite | FFNSite, where: str, validator: Validator | None
@@ -173,6 +186,12 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
             return Refusal("opaque_call", why_closed(node), node)
     softmax = read_softmax(call)
     return None if softmax is None else find_attention(softmax, order)
+
+
+def _device(node: fx.Node) -> str | None:
+    """The type of the device on which a node's value is; None if tracing recorded none."""
+    value = value_of(node)
+    return value.device.type if isinstance(value, torch.Tensor) else None
 
 
 def _positions(graph: fx.Graph) -> Order:

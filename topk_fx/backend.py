@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,9 @@ def topk_backend(
 
     config, inductor_options = split_options(options or {}, mode)
     chosen = lowering.choose(config)
-    report = TopKPass(config, chosen, lowering.pays)(gm, f"graph {next(_graph_numbers)}")
+    report = TopKPass(config, chosen, functools.partial(lowering.pays, lowering=chosen), lowering.lowering_of)(
+        gm, f"graph {next(_graph_numbers)}"
+    )
     _reports.append(report)
     log.info("%s", report)
     return compile_with(config.inner, gm, example_inputs, inductor_options, cache_identity(chosen))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -130,3 +132,42 @@ def compile_with(
     from .cache_identity import with_identity
 
     return compile_fx(module, inputs, config_patches=with_identity(options, identity))  # type: ignore[return-value]
+
+
+class CppBuildError(Exception):
+    """C++ could not be compiled; the message is the reason in a few words."""
+
+
+def build_cpp(code: str, flags: Sequence[str]) -> Any:
+    """The shared library (ctypes.CDLL) of some C++, compiled with Inductor's compiler and options into its cache.
+
+    `flags` come after Inductor's own. Raises CppBuildError.
+    """
+    from torch._inductor import exc
+
+    try:
+        # 2.13 and later can be told that no vector instructions are needed; else they are looked for, by compiling.
+        load = _cpp_cache().load_async
+        known = inspect.signature(load).parameters
+        options = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}
+        return load(code, extra_flags=tuple(flags), **options)()
+    except exc.InvalidCxxCompiler as error:
+        raise CppBuildError("no working C++ compiler was found; Inductor looks for g++ and clang++, or $CXX") from error
+    except exc.CppCompileError as error:
+        raise CppBuildError(f"the compiler failed: {str(error)[-2000:]}") from error
+    except OSError as error:
+        raise CppBuildError(str(error)) from error
+
+
+@functools.cache
+def _cpp_cache() -> Any:
+    from torch._inductor.codecache import CppCodeCache
+
+    class KernelCache(CppCodeCache):
+        """Libraries that neither include nor link PyTorch."""
+
+        cache: ClassVar[dict[str, Any]] = {}
+        cache_clear = staticmethod(cache.clear)
+        cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": False, "shared": True}
+
+    return KernelCache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ def rewrite(program: Program, config: TopKConfig | None = None, **options: Any) 
     """
     config = as_config(config, options)
     chosen = lowering.choose(config)
-    run = TopKPass(config, chosen, lowering.pays)
+    run = TopKPass(config, chosen, functools.partial(lowering.pays, lowering=chosen), lowering.lowering_of)
     if isinstance(program, ExportedProgram):
         return _rewrite_exported(program, run)  # type: ignore[return-value]
     if isinstance(program, fx.GraphModule):

@@ -8,6 +8,9 @@
 The outer ops are composite: autograd, AOTAutograd and torch.export's decompositions see through them to the inner ones,
 so that the graph a person reads stays one line a site, while a training graph holds the two kernels. The rules for vmap
 are in `vmap`.
+
+`lowering` names what is to compute an attention; "" leaves it to the tensors. It is an argument so that a printed graph
+shows it and every cache's key holds it.
 """
 
 from __future__ import annotations
@@ -29,15 +32,17 @@ library = torch.library.Library("topk_fx", "DEF")
 
 library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, Scalar scale, SymInt k, "
-    "float dropout_p=0.0, bool zero_empty_rows=False) -> Tensor"
+    "float dropout_p=0.0, bool zero_empty_rows=False, str lowering='') -> Tensor"
 )
 library.define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, Scalar scale, SymInt k, "
-    "Tensor? dropout_keep, float dropout_p, bool zero_empty_rows) -> (Tensor output, Tensor indices, Tensor weights)"
+    "Tensor? dropout_keep, float dropout_p, bool zero_empty_rows, str lowering='') "
+    "-> (Tensor output, Tensor indices, Tensor weights)"
 )
 library.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, "
-    "Scalar scale, Tensor indices, Tensor weights, float dropout_p, bool[] operand_needs_grad) -> Tensor[]"
+    "Scalar scale, Tensor indices, Tensor weights, float dropout_p, bool[] operand_needs_grad, str lowering='') "
+    "-> Tensor[]"
 )
 library.define(
     "ffn(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
@@ -65,6 +70,7 @@ def _attention(
     k: int,
     dropout_p: float = 0.0,
     zero_empty_rows: bool = False,
+    lowering: str = "",
 ) -> Tensor:
     function = Score.parse(score)
     check_operands(function, operands)
@@ -79,6 +85,7 @@ def _attention(
             k,
             dropout_p,
             zero_empty_rows,
+            lowering,
         )
         output = output.squeeze(-1) if value.dim() == 1 else output
         return output.squeeze(-2 if value.dim() > 1 else -1) if query.dim() == 1 else output
@@ -88,7 +95,7 @@ def _attention(
         kept = torch.sym_min(k, frame.key.size(-2))
         keep = torch.rand(*frame.query.shape[:-1], kept, device=query.device) >= dropout_p
     output, _, _ = torch.ops.topk_fx.attention_forward(
-        frame.query, frame.key, frame.value, frame.operands, score, scale, k, keep, dropout_p, zero_empty_rows
+        frame.query, frame.key, frame.value, frame.operands, score, scale, k, keep, dropout_p, zero_empty_rows, lowering
     )
     return output.reshape(frame.output_shape)
 
@@ -107,34 +114,46 @@ class _Attention(SingleLevelFunction):
         keep: Tensor | None,
         dropout_p: float,
         zero_empty_rows: bool,
+        lowering: str,
         *operands: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with below_autograd():
             return torch.ops.topk_fx.attention_forward(
-                query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows
+                query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows, lowering
             )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        query, key, value, score, scale, _, _, dropout_p, _, *operands = inputs
+        query, key, value, score, scale, _, _, dropout_p, _, lowering, *operands = inputs
         _, indices, weights = output
         ctx.mark_non_differentiable(indices, weights)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, indices, weights, *operands)
-        ctx.score, ctx.scale, ctx.dropout_p = score, scale, dropout_p
+        ctx.score, ctx.scale, ctx.dropout_p, ctx.lowering = score, scale, dropout_p, lowering
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         query, key, value, indices, weights, *operands = ctx.saved_tensors
         if grad is None:
-            return (None,) * (9 + len(operands))
-        needs_grad = list(ctx.needs_input_grad[9:])
+            return (None,) * (10 + len(operands))
+        needs_grad = list(ctx.needs_input_grad[10:])
         grad_query, grad_key, grad_value, *rest = torch.ops.topk_fx.attention_backward(
-            grad, query, key, value, operands, ctx.score, ctx.scale, indices, weights, ctx.dropout_p, needs_grad
+            grad,
+            query,
+            key,
+            value,
+            operands,
+            ctx.score,
+            ctx.scale,
+            indices,
+            weights,
+            ctx.dropout_p,
+            needs_grad,
+            ctx.lowering,
         )
         found = iter(rest)
         grad_operands = [next(found) if needed else None for needed in needs_grad]
-        return grad_query, grad_key, grad_value, None, None, None, None, None, None, *grad_operands
+        return grad_query, grad_key, grad_value, *(None,) * 7, *grad_operands
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -158,12 +177,13 @@ class _AttentionBackward(SingleLevelFunction):
         weights: Tensor,
         dropout_p: float,
         needs_grad: list[bool],
+        lowering: str,
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:
         with below_autograd():
             return tuple(
                 torch.ops.topk_fx.attention_backward(
-                    grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad
+                    grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad, lowering
                 )
             )
 
@@ -182,13 +202,39 @@ class _AttentionBackward(SingleLevelFunction):
         raise UnsupportedDerivativeError("topk_fx::attention_backward has no forward-mode derivative (jvp)")
 
 
-def _attention_forward(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], *rest: Any) -> Any:
-    return _Attention.run(query, key, value, *rest, *operands)
+def _attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    zero_empty_rows: bool,
+    lowering: str = "",
+) -> Any:
+    return _Attention.run(
+        query, key, value, score, scale, k, dropout_keep, dropout_p, zero_empty_rows, lowering, *operands
+    )
 
 
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], *rest: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    indices: Tensor,
+    weights: Tensor,
+    dropout_p: float,
+    operand_needs_grad: list[bool],
+    lowering: str = "",
 ) -> list[Tensor]:
+    rest = (score, scale, indices, weights, dropout_p, operand_needs_grad, lowering)
     return list(_AttentionBackward.run(grad, query, key, value, *rest, *operands))
 
 
@@ -208,6 +254,7 @@ def _attention_forward_fake(
     dropout_keep: Tensor | None,
     dropout_p: float,
     zero_empty_rows: bool,
+    lowering: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = query.shape[:-1]
     kept = torch.sym_min(k, key.size(-2))
@@ -230,6 +277,7 @@ def _attention_backward_fake(
     weights: Tensor,
     dropout_p: float,
     operand_needs_grad: Sequence[bool],
+    lowering: str = "",
 ) -> list[Tensor]:
     wanted = [x for x, needed in zip(operands, operand_needs_grad, strict=True) if needed]
     return [x.new_empty(x.shape) for x in (query, key, value, *wanted)]

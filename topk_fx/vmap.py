@@ -53,7 +53,7 @@ def _attention_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple
 
 
 def _attention_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad = args
+    grad, query, key, value, operands, score, scale, indices, weights, dropout_p, needs_grad, *rest = args
     size, batch = info.batch_size, _batch_size(query, in_dims[1])
     tensors, dims = (grad, query, key, value, indices, weights), (*in_dims[:4], *in_dims[7:9])
     grad, query, key, value, indices, weights = (
@@ -66,7 +66,7 @@ def _attention_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tupl
         for x, dim, needed in zip(operands, operand_dims, needs_grad, strict=True)
     ]
     grads = torch.ops.topk_fx.attention_backward(
-        grad, query, key, value, folded, score, scale, indices, weights, dropout_p, needs_grad
+        grad, query, key, value, folded, score, scale, indices, weights, dropout_p, needs_grad, *rest
     )
     grads = [_unfold(x, size, batch) for x in grads]
     wanted = [(x, dim) for x, dim, needed in zip(operands, operand_dims, needs_grad, strict=True) if needed]

@@ -17,7 +17,7 @@ from torch import Tensor
 from topk_fx.reference import compute
 from topk_fx.score import Program, Score, differentiate, evaluate
 
-from .bags import Bags, as_table
+from .bags import BagProducts, Bags, SparseProductsOf, as_table
 from .positions import ChunkPositions, KeptPositions
 
 SCORE_BUDGET = 2**22
@@ -188,10 +188,12 @@ def attention_backward(
     weights: Tensor,
     dropout_p: float,
     operand_needs_grad: Sequence[bool],
+    sparse_products: SparseProductsOf = BagProducts,
 ) -> list[Tensor]:
     """The gradients of query, key, value and of the operands that need one, each in its tensor's shape and dtype.
 
-    Works on as many batch elements or heads at a time as KEPT_BUDGET allows.
+    Works on as many batch elements or heads at a time as KEPT_BUDGET allows; `sparse_products` computes the products
+    with the sparse matrix of the kept keys.
     """
     dtype = weights.dtype
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
@@ -222,6 +224,7 @@ def attention_backward(
             [None if x is None else part(x) for x in sums],
             scale,
             dropout_p,
+            sparse_products,
         )
         for whole, gradient in zip(grads, found, strict=True):
             part(whole).copy_(gradient)
@@ -262,16 +265,12 @@ def _backward_part(
     sums: Sequence[Tensor | None],
     scale: float,
     dropout_p: float,
+    sparse_products: SparseProductsOf,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a part's query, key and value; those of the operands are added to `sums`."""
     dtype = weights.dtype
-    rows, kept = weights.shape[:-1].numel(), weights.size(-1)
-    key_bags = Bags.of(indices, key.size(1), key.size(2))
-    value_bags = key_bags if key.size(1) == value.size(1) else Bags.of(indices, value.size(1), value.size(2))
-    grad_rows = grad.to(dtype).reshape(rows, grad.size(-1))
-    query_rows = query.to(dtype).reshape(rows, query.size(-1))
-
-    grad_weights = value_bags.dot_products(grad_rows, as_table(value, dtype)).view(weights.shape)
+    with_values = sparse_products(indices, value, dtype)
+    grad_weights = with_values.dot_products(grad)
     operand_grads = OperandGrads(sums, KeptPositions(operands, slice(0, query.size(2)), indices.clamp(min=0).long()))
     probabilities = weights.abs()
     summed = probabilities
@@ -280,24 +279,19 @@ def _backward_part(
     if dropout_p > 0:
         factor = dropout_factor(~weights.signbit(), dropout_p, dtype)
         summed, grad_weights = summed * factor, grad_weights * factor
-    grad_value = value_bags.scatter_rows(grad_rows, summed)
+    grad_value = with_values.scatter_rows(grad, summed)
     grad_weights = operand_grads.differentiate(function.after, probabilities, grad_weights, indices)
     expected = (probabilities * grad_weights).sum(-1, keepdim=True)
     grad_scores = probabilities * (grad_weights - expected)
     if function.sink is not None:
         share = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
         operand_grads.add(function.sink.index, -share * expected, torch.zeros_like(share, dtype=torch.int64))
-    del grad_weights, summed, probabilities, expected, grad_rows
+    del grad_weights, summed, probabilities, expected, with_values
 
-    keys = as_table(key, dtype)
-    before = None
-    if function.before.needs_scores_in_backward:
-        before = key_bags.dot_products(query_rows, keys).mul_(scale).view(weights.shape)
-    grad_products = operand_grads.differentiate(function.before, before, grad_scores, indices)
-    grad_products = grad_products.reshape(rows, kept) * scale
-    grad_query = key_bags.weighted_sum(keys, grad_products)
-    grad_key = key_bags.scatter_rows(query_rows, grad_products)
-    return grad_query.view(query.shape), grad_key.view(key.shape), grad_value.view(value.shape)
+    with_keys = sparse_products(indices, key, dtype)
+    before = with_keys.dot_products(query).mul_(scale) if function.before.needs_scores_in_backward else None
+    grad_products = operand_grads.differentiate(function.before, before, grad_scores, indices) * scale
+    return with_keys.weighted_sum(grad_products), with_keys.scatter_rows(query, grad_products), grad_value
 
 
 @dataclasses.dataclass(frozen=True)

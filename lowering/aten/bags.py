@@ -14,6 +14,8 @@ where a key that is masked out holds inf or NaN.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -92,3 +94,41 @@ def as_table(x: Tensor, dtype: torch.dtype) -> Tensor:
     table = x.new_zeros(x.shape[:-1].numel() + 1, x.size(-1), dtype=dtype)
     table[:-1].view(x.shape).copy_(x)
     return table
+
+
+class SparseProducts(Protocol):
+    """Products with the sparse matrix of the kept keys, indices [B, Hq, Lq, kept] (-1: empty), and a table of keys."""
+
+    def dot_products(self, rows: Tensor) -> Tensor:
+        """[B, Hq, Lq, kept]: of rows [B, Hq, Lq, D] and the kept keys; 0 in empty slots."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """[B, Hq, Lq, D]: the sums of the kept keys by weights [B, Hq, Lq, kept]."""
+
+    def scatter_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """[B, H, Lk, D]: for each key the sum of the rows that keep it, by their weights."""
+
+
+SparseProductsOf = Callable[[Tensor, Tensor, torch.dtype], SparseProducts]
+"""(indices, keys [B, H, Lk, D] whose H divides Hq, dtype of the sums) -> SparseProducts"""
+
+
+class BagProducts:
+    """SparseProducts as embedding bags."""
+
+    def __init__(self, indices: Tensor, keys: Tensor, dtype: torch.dtype) -> None:
+        self.bags = Bags.of(indices, keys.size(1), keys.size(2))
+        self.keys, self.dtype, self.shape = keys, dtype, indices.shape
+
+    def dot_products(self, rows: Tensor) -> Tensor:
+        return self.bags.dot_products(self._flat(rows), as_table(self.keys, self.dtype)).view(self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        summed = self.bags.weighted_sum(as_table(self.keys, self.dtype), weights)
+        return summed.view(*self.shape[:-1], self.keys.size(-1))
+
+    def scatter_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return self.bags.scatter_rows(self._flat(rows), weights).view(*self.keys.shape[:-1], rows.size(-1))
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        return rows.to(self.dtype).reshape(-1, rows.size(-1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from topk_fx.lowering.choice import AVAILABLE
+from topk_fx.lowering.cpu import build
 
 import topk_fx
 from topk_fx import TopKConfig, lowering
@@ -12,8 +13,46 @@ from topk_fx.config import LOWERINGS
 from topk_fx.errors import LoweringUnavailableError, TopKError
 
 
-def test_aten_is_chosen_where_nothing_is_asked_for():
+def test_best_of_a_processor_is_chosen_where_nothing_is_asked_for():
+    assert lowering.choose(TopKConfig()) == "cpu"
+
+
+def test_without_a_compiler_aten_computes_and_the_report_says_why(monkeypatch):
+    monkeypatch.setattr(build, "why_unavailable", lambda: "no C++ compiler")
+    query = torch.randn(1, 1, 8, 4)
     assert lowering.choose(TopKConfig()) == "aten"
+    assert lowering.lowering_of("aten", (query, query, query, [], "")) == ("aten", "no C++ compiler")
+    output = torch.ops.topk_fx.attention(query, query, query, [], "", 1.0, 3)
+    torch.testing.assert_close(output, topk_fx.reference.attention(query, query, query, k=3, scale=1.0))
+    with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: no C\\+\\+ compiler"):
+        lowering.choose(TopKConfig(lowering="cpu"))
+    with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: no C\\+\\+ compiler"):
+        torch.ops.topk_fx.attention(query, query, query, [], "", 1.0, 3, lowering="cpu")
+
+
+@pytest.mark.parametrize("name", ["aten", "cpu"])
+def test_op_runs_the_lowering_that_it_names(name, monkeypatch):
+    calls = []
+    for module in (lowering.aten, lowering.cpu):
+        for function in ("attention_forward", "attention_backward"):
+            original = getattr(module, function)
+
+            def record(*args, original=original, module=module, function=function):
+                calls.append((module.__name__.rpartition(".")[2], function))
+                return original(*args)
+
+            monkeypatch.setattr(module, function, record)
+    query = torch.randn(1, 1, 8, 4, requires_grad=True)
+    torch.ops.topk_fx.attention(query, query, query, [], "causal", 1.0, 3, lowering=name).sum().backward()
+    assert calls == [(name, "attention_forward"), (name, "attention_backward")]
+
+
+def test_forced_kernels_that_cannot_compute_a_score_are_an_error_that_names_it():
+    query = torch.randn(1, 1, 8, 4)
+    with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: .*the operation elu"):
+        torch.ops.topk_fx.attention(query, query, query, [], "elu(1.0)", 1.0, 3, lowering="cpu")
+    with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: query has dtype torch.float64"):
+        torch.ops.topk_fx.attention(*(query.double(),) * 3, [], "", 1.0, 3, lowering="cpu")
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
@@ -36,6 +75,22 @@ def test_unavailable_lowering_is_an_error_and_no_silent_other(name):
 def test_aten_never_pays_by_time(kind, keep):
     assert not lowering.pays(kind, (2, 8, 4096, 65536), keep)
     assert not lowering.pays(kind, None, keep)
+    assert not lowering.pays(kind, (2, 8, 4096, 65536), keep, "cuda", lowering="cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep", "expected"),
+    [
+        ((1, 8, 4096, 4096), 64, True),
+        ((1, 8, 4096, 512), 64, False),
+        ((1, 8, 4096, 4096), 0.5, False),
+        ((1, 8, 4096, 4096), "all", False),
+        (None, 64, False),
+    ],
+)
+def test_kernels_pay_where_few_of_many_keys_are_kept(shape, keep, expected):
+    assert lowering.pays("attention", shape, keep, "cpu", lowering="cpu") is expected
+    assert not lowering.pays("ffn", shape, keep, "cpu", lowering="cpu")
 
 
 @pytest.mark.parametrize("op", ["attention_forward", "attention_backward", "ffn_forward", "ffn_backward"])

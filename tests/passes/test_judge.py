@@ -153,10 +153,11 @@ def test_key_count_known_only_at_run_time_covers_nothing() -> None:
 
 @pytest.mark.parametrize("pays", [True, False], ids=["pays", "does_not_pay"])
 def test_what_pays_is_asked_with_the_site(pays: bool) -> None:
-    """`pays` hears kind, shape and k of each site, and its answer holds where k was not given."""
+    """`pays` hears kind, shape, k and device of each site, and its answer holds where k was not given."""
     asked: list[tuple[str, tuple[int, ...], Any]] = []
 
-    def does_pay(kind: str, shape: tuple[int, ...], keep: Any) -> bool:
+    def does_pay(kind: str, shape: tuple[int, ...], keep: Any, device: str | None) -> bool:
+        assert device == "cpu"
         asked.append((kind, shape, keep))
         return pays
 

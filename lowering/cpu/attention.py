@@ -1,0 +1,175 @@
+"""Top-k attention by the C++ kernel in `sources/attention.cpp`: chooses and compiles it, and hands it the tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_fx.errors import LoweringUnavailableError
+from topk_fx.score import Score
+
+from ..aten import attention_backward as aten_backward
+from . import build
+from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
+from .sparse import CppProducts, TensorArgument, with_dense_rows
+
+_LONGEST = 2**30 - 1
+"""Of queries and of keys: their positions are held in 32 bits, and so are the differences of two."""
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("size", ctypes.c_int64))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("bound", "apply", "apply_kept"))
+
+
+class _ForwardArguments(ctypes.Structure):
+    """`ForwardArguments` of attention.cpp."""
+
+    _fields_ = (
+        *((name, TensorArgument) for name in ("query", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("output", "indices", "weights", "dropout_keep")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "value_heads", "queries", "keys")),
+        *((name, ctypes.c_int64) for name in ("depth", "value_size", "kept")),
+        *((name, ctypes.c_double) for name in ("scale", "dropout_factor")),
+        *((name, ctypes.c_int64) for name in ("zero_empty_rows", "threads")),
+        *((name, _Program) for name in ("before", "after")),
+        ("operands", ctypes.c_void_p),
+        ("sink", ctypes.c_int64),
+    )
+
+
+def why_not(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str) -> str:
+    """Why the C++ kernel cannot compute an attention of these tensors, or ""."""
+    for name, x in (("query", query), ("value", value)):
+        if x.device.type != "cpu":
+            return f"{name} is on {x.device}"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} has dtype {x.dtype}; there are kernels for float32, bfloat16 and float16"
+    if any(isinstance(size, int) and size > _LONGEST for x in (query, key) for size in x.shape):
+        return f"there are more than {_LONGEST} queries or keys"
+    why = build.why_unavailable()
+    return why or _why_no_code(score, _kinds(Score.parse(score), operands))
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    zero_empty_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, indices and weights as `aten.attention_forward`; the kept keys of a row ascend.
+
+    Raises:
+        LoweringUnavailableError: there is no kernel for these tensors or this score, or no compiler.
+    """
+    batch, heads, queries, depth = query.shape
+    keys, value_size = value.shape[-2:]
+    kept = min(k, keys)
+    output = value.new_empty(batch, heads, queries, value_size)
+    indices = query.new_empty(batch, heads, queries, kept, dtype=torch.int32)
+    weights = query.new_empty(batch, heads, queries, kept, dtype=torch.float32)
+    if 0 in (output.numel(), weights.numel()):
+        return output.zero_(), indices.zero_(), weights.zero_()
+    function = Score.parse(score)
+    before, after = _programs(score, _kinds(function, operands))
+    query, key, value = map(with_dense_rows, (query, key, value))
+    sink = -1 if function.sink is None else function.sink.index
+    operands = [x.float() if number == sink else x for number, x in enumerate(operands)]
+    described = (_Operand * len(operands))(*(_operand(x, n in function.tables) for n, x in enumerate(operands)))
+    keep = None if dropout_keep is None else dropout_keep.contiguous()
+    arguments = _ForwardArguments(
+        *(TensorArgument.of(x) for x in (query, key, value)),
+        *(x.data_ptr() for x in (output, indices, weights)),
+        None if keep is None else keep.data_ptr(),
+        *(batch, heads, key.size(1), value.size(1), queries, keys, depth, value_size, kept),
+        *(scale, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
+        *(zero_empty_rows, torch.get_num_threads()),
+        *(before, after, ctypes.addressof(described), sink),
+    )
+    if _kernel(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype])(ctypes.byref(arguments)):
+        raise MemoryError("not enough memory for the candidates of top-k attention")
+    return output, indices, weights
+
+
+def attention_backward(*arguments: Any) -> list[Tensor]:
+    """The gradients as `aten.attention_backward`, with the sparse products in C++."""
+    return aten_backward(*arguments, sparse_products=CppProducts)
+
+
+def _operand(x: Tensor, is_table: bool) -> _Operand:
+    strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return _Operand(x.data_ptr(), (ctypes.c_int64 * 4)(*strides), x.size(-1))
+
+
+def _kinds(function: Score, operands: Sequence[Tensor]) -> tuple[OperandKind, ...]:
+    """What code depends on of the operands. Symbolic sizes count as unknown."""
+
+    def along_keys(x: Tensor) -> str:
+        if x.dim() == 0 or _is_one(x.size(-1)):
+            return "one"
+        return "dense" if _is_one(x.stride(-1)) else "strided"
+
+    return tuple(OperandKind(x.dtype, "" if n in function.tables else along_keys(x)) for n, x in enumerate(operands))
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _kernel(query_type: str, value_type: str) -> ctypes._CFuncPtr:
+    return _kernel_for(query_type, value_type, build.current_instruction_set())
+
+
+@functools.cache
+def _kernel_for(query_type: str, value_type: str, instructions: str) -> ctypes._CFuncPtr:
+    library = build.load('#include "attention.cpp"\n', (f"QUERY={query_type}", f"VALUE={value_type}"))
+    function = library.attention_forward
+    function.restype = ctypes.c_int64
+    return function
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_no_code(score: str, kinds: tuple[OperandKind, ...]) -> str:
+    function = Score.parse(score)
+    try:
+        source_of(function.before, function.after, kinds)
+    except NoCodeError as error:
+        return f"the score function {score!r} has no C++: {error}"
+    return ""
+
+
+def _programs(score: str, kinds: tuple[OperandKind, ...]) -> tuple[_Program, _Program]:
+    return _programs_for(score, kinds, build.current_instruction_set())
+
+
+@functools.lru_cache(maxsize=4096)
+def _programs_for(score: str, kinds: tuple[OperandKind, ...], instructions: str) -> tuple[_Program, _Program]:
+    function = Score.parse(score)
+    if not function.before and not function.after:
+        return _Program(), _Program()
+    try:
+        library = build.load(source_of(function.before, function.after, kinds))
+    except NoCodeError as error:
+        raise LoweringUnavailableError(f"the score function {score!r} has no C++: {error}") from error
+
+    def addresses(*names: str) -> _Program:
+        return _Program(**{name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names})
+
+    return (
+        addresses("bound", "apply") if function.before else _Program(),
+        addresses("apply_kept") if function.after else _Program(),
+    )

@@ -1,0 +1,135 @@
+// Products of rows that lie anywhere: several dot products with one row, and weighted sums of rows.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <new>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace topk {
+
+#if defined(TOPK_AVX512_BF16)
+template <typename T>
+constexpr bool IN_PAIRS = std::is_same_v<T, BFloat16>;  // products of two neighbouring columns at a time
+#else
+template <typename T>
+constexpr bool IN_PAIRS = false;
+#endif
+
+// A tensor of rows [B, H, L, columns].
+struct Tensor {
+  const void* data;
+  int64_t strides[3];  // of batch, head and position, in elements; the last axis is contiguous
+};
+
+template <typename T>
+const T* row_of(const Tensor& x, int64_t batch, int64_t head, int64_t position) {
+  return static_cast<const T*>(x.data) + batch * x.strides[0] + head * x.strides[1] + position * x.strides[2];
+}
+
+inline int64_t rounded_up(int64_t x, int64_t step) {
+  return (x + step - 1) / step * step;
+}
+
+// Memory of its own, on cache lines; throws bad_alloc.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes)
+      : data_(static_cast<std::byte*>(::operator new(size_t(bytes) + 64, std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  template <typename T>
+  T* as(int64_t offset = 0) const {
+    return reinterpret_cast<T*>(data_ + offset);
+  }
+
+ private:
+  std::byte* data_;
+};
+
+// Lane n of the result is the dot product of x and rows[n].
+template <typename T>
+Vec dots(const T* x, const T* const (&rows)[LANES], int64_t columns) {
+  constexpr int STEP = IN_PAIRS<T> ? 2 * LANES : LANES;
+  const int64_t whole = columns / STEP * STEP;
+  Vec products[LANES];
+#pragma GCC unroll 16
+  for (int n = 0; n < LANES; n++) {
+    Vec total = zero();
+    for (int64_t c = 0; c < whole; c += STEP) {
+#if defined(TOPK_AVX512_BF16)
+      if constexpr (IN_PAIRS<T>)
+        total = _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(rows[n] + c), (__m512bh)_mm512_loadu_si512(x + c));
+      else
+#endif
+        total = fma(load(rows[n] + c), load(x + c), total);
+    }
+    products[n] = total;
+  }
+  Vec total = sums(products);
+  if (whole < columns) {
+    float rest[LANES];
+    for (int n = 0; n < LANES; n++) {
+      rest[n] = 0;
+      for (int64_t c = whole; c < columns; c++) rest[n] += to_float(rows[n][c]) * to_float(x[c]);
+    }
+    total = add(total, load(rest));
+  }
+  return total;
+}
+
+// result[0 .. VECTORS * LANES) = sum over n of weights[n] * rows[offsets[n] ..]
+template <int VECTORS, typename T>
+void weigh_columns(const T* rows, const int64_t* offsets, const float* weights, int64_t count, float* result) {
+  constexpr int AHEAD = 8;
+  Vec sums[VECTORS];
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; c++) sums[c] = zero();
+  for (int64_t n = 0; n < count; n++) {
+    if (n + AHEAD < count) {
+      const char* next = reinterpret_cast<const char*>(rows + offsets[n + AHEAD]);
+      for (size_t byte = 0; byte < VECTORS * LANES * sizeof(T); byte += 64) prefetch(next + byte);
+    }
+    const T* row = rows + offsets[n];
+    const Vec weight = broadcast(weights[n]);
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; c++) sums[c] = fma(weight, load(row + c * LANES), sums[c]);
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; c++) store(result + c * LANES, sums[c]);
+}
+
+// result[0 .. columns) = sum over n of weights[n] * rows[offsets[n] ..]
+template <typename T>
+void weigh(const T* rows, const int64_t* offsets, const float* weights, int64_t count, int64_t columns, T* result) {
+  float sums[8 * LANES];
+  int64_t column = 0;
+  while (column < columns) {
+    const int64_t vectors = (columns - column) / LANES;
+    int64_t width = LANES;
+    if (vectors >= 8) {
+      weigh_columns<8>(rows + column, offsets, weights, count, sums);
+      width = 8 * LANES;
+    } else if (vectors >= 4) {
+      weigh_columns<4>(rows + column, offsets, weights, count, sums);
+      width = 4 * LANES;
+    } else if (vectors >= 2) {
+      weigh_columns<2>(rows + column, offsets, weights, count, sums);
+      width = 2 * LANES;
+    } else if (vectors == 1) {
+      weigh_columns<1>(rows + column, offsets, weights, count, sums);
+    } else {
+      width = columns - column;
+      std::fill(sums, sums + width, 0.0f);
+      for (int64_t n = 0; n < count; n++)
+        for (int64_t c = 0; c < width; c++) sums[c] += weights[n] * to_float(rows[offsets[n] + column + c]);
+    }
+    for (int64_t c = 0; c < width; c++) from_float(sums[c], result[column + c]);
+    column += width;
+  }
+}
+
+}  // namespace topk

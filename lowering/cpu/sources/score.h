@@ -1,0 +1,259 @@
+// What the kernel and the generated code of a score function have in common.
+//
+// The kernel works on blocks of scores: some query rows by a range of keys. It asks a program first what is known of a
+// block before its products are computed (`bound`), so that blocks which cannot hold a kept key are never computed and
+// masks that mask nothing are not applied; then it has the program change the block's scores in place (`apply`).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace topk {
+
+// A tensor [B|1, H|1, Lq|1, Lk|1], or a table [B|1, H|1, 1, N]. Strides are in elements, 0 along axes of size 1.
+struct Operand {
+  const void* data;
+  int64_t batch_stride, head_stride, query_stride, key_stride;
+  int64_t size;  // of the last axis
+};
+
+struct RowPosition {
+  int64_t head, query;
+};
+
+// The scores of some query rows and of `key_count` keys from `first_key` on, or of the keys in `keys`.
+struct Block {
+  const Operand* operands;
+  int64_t batch;
+  const RowPosition* rows;
+  int64_t row_count, first_key, key_count;
+};
+
+enum class Change : int64_t { ANY, WITHOUT_MASKS, NONE };
+
+struct BlockFacts {
+  double upper;  // no score of the block is larger, and if it is finite none is NaN
+  Change change;  // what is left for the program to do
+};
+
+struct Program {
+  void (*bound)(const Block&, float largest_product, BlockFacts&);
+  void (*apply)(const Block&, float* scores, int64_t stride, Change);
+  void (*apply_kept)(const Block&, const int32_t* keys, float* probabilities);
+};
+
+// --- Interval arithmetic, in float64; `has_nan` if a value may be NaN
+
+struct Interval {
+  double low, high;
+  bool has_nan = false;
+  bool is(double x) const { return low == x && high == x && !has_nan; }
+};
+
+inline Interval anything() {
+  const double inf = std::numeric_limits<double>::infinity();
+  return {-inf, inf, true};
+}
+
+inline Interval number(double x) {
+  return x != x ? anything() : Interval{x, x};
+}
+
+inline Interval checked(double low, double high, bool has_nan) {
+  return low <= high ? Interval{low, high, has_nan} : anything();
+}
+
+// A float32 result: rounding is monotonic, so the rounded ends bound the rounded values.
+inline Interval as_float(Interval x) {
+  return {double(float(x.low)), double(float(x.high)), x.has_nan};
+}
+
+// As it is after rounding to a type of 16 bits.
+template <typename T>
+inline float rounded_to(float x) {
+  T result;
+  from_float(x, result);
+  return to_float(result);
+}
+
+template <typename T>
+inline Interval interval_as(Interval x) {
+  return {double(rounded_to<T>(float(x.low))), double(rounded_to<T>(float(x.high))), x.has_nan};
+}
+
+inline Interval interval_add(Interval a, Interval b) {
+  // inf - inf can arise inside although the ends are numbers.
+  const bool cancels = (std::isinf(a.high) && std::isinf(b.low)) || (std::isinf(a.low) && std::isinf(b.high));
+  return checked(a.low + b.low, a.high + b.high, a.has_nan || b.has_nan || cancels);
+}
+inline Interval interval_neg(Interval a) { return {-a.high, -a.low, a.has_nan}; }
+inline Interval interval_sub(Interval a, Interval b) { return interval_add(a, interval_neg(b)); }
+inline Interval interval_mul(Interval a, Interval b) {
+  const double x[] = {a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high};
+  for (double y : x)
+    if (y != y) return anything();
+  const bool has_inf = std::isinf(a.low) || std::isinf(a.high) || std::isinf(b.low) || std::isinf(b.high);
+  return {*std::min_element(x, x + 4), *std::max_element(x, x + 4), a.has_nan || b.has_nan || has_inf};
+}
+inline Interval interval_div(Interval a, Interval b) {
+  if (b.has_nan || (b.low <= 0 && b.high >= 0) || std::isinf(b.low) || std::isinf(b.high)) return anything();
+  return interval_mul(a, {1 / b.high, 1 / b.low});
+}
+inline Interval interval_abs(Interval a) {
+  const double low = a.low <= 0 && a.high >= 0 ? 0 : std::min(std::fabs(a.low), std::fabs(a.high));
+  return {low, std::max(std::fabs(a.low), std::fabs(a.high)), a.has_nan};
+}
+inline Interval interval_maximum(Interval a, Interval b) {
+  return {std::max(a.low, b.low), std::max(a.high, b.high), a.has_nan || b.has_nan};
+}
+inline Interval interval_minimum(Interval a, Interval b) {
+  return {std::min(a.low, b.low), std::min(a.high, b.high), a.has_nan || b.has_nan};
+}
+// The approximation of tanh is monotonic and at most 1, up to its last bits.
+inline Interval interval_tanh(Interval a) {
+  return {std::tanh(a.low) - 1e-5, std::tanh(a.high) + 1e-5, a.has_nan};
+}
+inline Interval unite(Interval a, Interval b) {
+  return {std::min(a.low, b.low), std::max(a.high, b.high), a.has_nan || b.has_nan};
+}
+
+// Conditions are the intervals [0, 0], [1, 1] and [0, 1]. Comparisons with NaN are false.
+inline Interval condition(bool can_be_false, bool can_be_true) {
+  return {can_be_false ? 0.0 : 1.0, can_be_true ? 1.0 : 0.0};
+}
+inline Interval interval_lt(Interval a, Interval b) {
+  return condition(a.has_nan || b.has_nan || a.high >= b.low, a.low < b.high);
+}
+inline Interval interval_le(Interval a, Interval b) {
+  return condition(a.has_nan || b.has_nan || a.high > b.low, a.low <= b.high);
+}
+inline Interval interval_gt(Interval a, Interval b) { return interval_lt(b, a); }
+inline Interval interval_ge(Interval a, Interval b) { return interval_le(b, a); }
+inline Interval interval_eq(Interval a, Interval b) {
+  const bool is_one = a.low == a.high && b.low == b.high && a.low == b.low && !a.has_nan && !b.has_nan;
+  return condition(!is_one, a.low <= b.high && b.low <= a.high);
+}
+inline Interval interval_not(Interval a) { return {1 - a.high, 1 - a.low}; }
+inline Interval interval_ne(Interval a, Interval b) { return interval_not(interval_eq(a, b)); }
+inline Interval interval_and(Interval a, Interval b) { return {std::min(a.low, b.low), std::min(a.high, b.high)}; }
+inline Interval interval_or(Interval a, Interval b) { return {std::max(a.low, b.low), std::max(a.high, b.high)}; }
+inline Interval interval_xor(Interval a, Interval b) { return interval_ne(a, b); }
+inline Interval interval_where(Interval c, Interval a, Interval b) {
+  return c.low == 1 ? a : c.high == 0 ? b : unite(a, b);
+}
+
+// The interval of what an operand holds for a block.
+template <typename T>
+inline Interval interval_of(const Block& block, int operand) {
+  const Operand& x = block.operands[operand];
+  const T* previous = nullptr;
+  Interval found{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+  for (int64_t r = 0; r < block.row_count; r++) {
+    const T* row = static_cast<const T*>(x.data) + block.batch * x.batch_stride +
+                   block.rows[r].head * x.head_stride + block.rows[r].query * x.query_stride +
+                   block.first_key * x.key_stride;
+    if (row == previous) continue;
+    previous = row;
+    const int64_t count = x.key_stride ? block.key_count : 1, stride = x.key_stride;
+    if constexpr (std::is_same_v<T, bool>) {
+      // Bytes of 0 and 1, of which a loop without a branch takes a vector at a time.
+      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row);
+      uint8_t all = 1, any = 0;
+      if (stride == 1) {
+        for (int64_t n = 0; n < count; n++) all &= bytes[n], any |= bytes[n];
+      } else {
+        for (int64_t n = 0; n < count; n++) all &= bytes[n * stride], any |= bytes[n * stride];
+      }
+      found = unite(found, condition(!all, any));
+    } else if constexpr (std::is_integral_v<T>) {
+      T low = row[0], high = row[0];
+      for (int64_t n = 1; n < count; n++) low = std::min(low, row[n * stride]), high = std::max(high, row[n * stride]);
+      found = unite(found, {double(low), double(high)});
+    } else {
+      using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
+      const auto value = [](const T& y) {
+        if constexpr (std::is_same_v<T, double>) return y; else return to_float(y);
+      };
+      F low = value(row[0]), high = low;
+      int has_nan = low != low;
+      const auto meet = [&](F y) {
+        low = y < low ? y : low;
+        high = y > high ? y : high;
+        has_nan |= y != y;
+      };
+      if (stride == 1) {
+        for (int64_t n = 1; n < count; n++) meet(value(row[n]));
+      } else {
+        for (int64_t n = 1; n < count; n++) meet(value(row[n * stride]));
+      }
+      found = unite(found, has_nan ? anything() : Interval{double(low), double(high)});
+    }
+  }
+  return found;
+}
+
+// --- Elementwise functions without a branch, so that loops of them vectorise
+
+inline float exp_of(float x) {
+  const float clamped = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // In two factors, as 2^n need not be a normal number.
+  const int32_t exponent = bit_cast<int32_t>(shifted) - 0x4b400000, half = exponent >> 1;
+  const float a = bit_cast<float>((half + 127) << 23), b = bit_cast<float>((exponent - half + 127) << 23);
+  return p * a * b;
+}
+
+inline float tanh_of(float x) {
+  const float magnitude = std::fabs(x);
+  // Near 0 a polynomial (Cephes), as the quotient cancels there.
+  const float y = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * y + 2.06390887954e-2f;
+  p = p * y - 5.37397155531e-2f;
+  p = p * y + 1.33314422036e-1f;
+  p = p * y - 3.33332819422e-1f;
+  const float near = p * y * x + x;
+  const float far = 1.0f - 2.0f / (exp_of(2.0f * (magnitude > 20.0f ? 20.0f : magnitude)) + 1.0f);
+  const float signed_far = x < 0.0f ? -far : far;
+  return magnitude < 0.625f ? near : x != x ? x : signed_far;
+}
+
+template <typename T>
+inline T maximum_of(T a, T b) {
+  return a != a ? a : b != b ? b : a > b ? a : b;
+}
+
+template <typename T>
+inline T minimum_of(T a, T b) {
+  return a != a ? a : b != b ? b : a < b ? a : b;
+}
+
+inline float sigmoid_of(float x) {
+  return 1.0f / (1.0f + exp_of(-x));
+}
+
+// Quotients of integers, rounded down.
+template <typename T>
+inline T floor_div_of(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    return T(a / b - ((a % b != 0) && ((a < 0) != (b < 0))));
+  } else {
+    return std::floor(a / b);
+  }
+}
+
+}  // namespace topk

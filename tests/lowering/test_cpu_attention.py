@@ -1,0 +1,300 @@
+"""The C++ kernels of attention, on each instruction set of this processor: selection, weights, output and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import LAYOUTS, assert_near, attention_inputs, integers
+from topk_fx.lowering import aten, cpu
+from topk_fx.lowering.aten.positions import ChunkPositions
+from topk_fx.lowering.cpu import build
+from topk_fx.lowering.cpu.score_code import NoCodeError, OperandKind, source_of
+
+from topk_fx import reference
+from topk_fx.errors import LoweringUnavailableError
+from topk_fx.score import Score, evaluate
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled_memory"),
+    pytest.mark.skipif(bool(build.why_unavailable()), reason=f"C++ cannot be compiled: {build.why_unavailable()}"),
+]
+
+NAN, INF = math.nan, math.inf
+LOWEST = torch.finfo(torch.float32).min
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=build.supported_instruction_sets())
+def instructions(request):
+    with build.instruction_set(request.param):
+        yield request.param
+
+
+def scores_of(query, key, operands, score, scale):
+    """The scores [B, Hq, Lq, Lk] by the definition, in float64."""
+    key = key.double().repeat_interleave(query.size(1) // key.size(1), 1)
+    products = query.double() @ key.transpose(-2, -1) * scale
+    operands = [x.double() if x.is_floating_point() else x for x in operands]
+    positions = ChunkPositions(operands, slice(0, query.size(2)), key.size(2), query.device)
+    return evaluate(Score.parse(score).before, products, positions)
+
+
+def check(query, key, value, score="", operands=(), *, scale=0.5, k=7, zero_empty_rows=False, is_exact=False):
+    """Output, selection and weights are those of the definition on the scores; is_exact: float32 knows them exactly."""
+    operands = list(operands)
+    output, indices, weights = cpu.attention_forward(
+        query, key, value, operands, score, scale, k, None, 0.0, zero_empty_rows
+    )
+    scores = scores_of(query, key, operands, score, scale)
+    if not is_exact:
+        magnitude = scores[scores.abs() < 1e30].abs().max().item() if (scores.abs() < 1e30).any() else 1.0
+        scores = forgive_near_ties(scores, indices, 2e-6 * max(1.0, magnitude) * math.sqrt(query.size(-1)))
+    expected_weights, expected = reference.select(scores, k, empty_row=0.0 if zero_empty_rows else NAN)
+    order, expected_order = (x.sort(-1) for x in (indices.long(), expected))
+    assert order.values.equal(expected_order.values)
+    torch.testing.assert_close(
+        weights.gather(-1, order.indices).double().masked_fill(order.values < 0, 0),
+        expected_weights.gather(-1, expected_order.indices).masked_fill(order.values < 0, 0),
+        rtol=1e-4,
+        atol=1e-5,
+        equal_nan=True,
+    )
+    values = value.repeat_interleave(query.size(1) // value.size(1), 1)
+    assert_near(output, reference.weigh(weights.double(), indices.long(), values.double()).to(output.dtype))
+    return indices
+
+
+def forgive_near_ties(scores, indices, tolerance):
+    """The scores, those that are as near to the cut as `tolerance` made to agree with the selection in `indices`."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(-1, indices.clamp(min=0).long(), True)
+    cut = scores.masked_fill(~chosen, INF).amin(-1, keepdim=True)
+    is_near = ((scores - cut).abs() <= tolerance) & ~chosen
+    return torch.where(is_near & (scores > cut), cut - 1e-12 * cut.abs() - 1e-300, scores)
+
+
+# --- every instruction set
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "keys", "size"), [(1, 700, 80), (3, 129, 64), (111, 263, 33), (200, 200, 96)])
+def test_selection_is_exact_on_every_instruction_set(instructions, queries, keys, size, dtype):
+    query, key, value = (
+        x.detach() for x in attention_inputs((1,), 4, queries, keys, size, 20, key_heads=2, dtype=dtype)
+    )
+    check(query, key, value, is_exact=True)
+    check(query, key, value, "causal", scale=-0.25, k=64, is_exact=True)
+    random = (torch.randn(x.shape).to(dtype) for x in (query, key, value))
+    check(*random, "causal", k=40)
+
+
+def test_hard_rows_on_every_instruction_set(instructions):
+    """NaN and infinite scores, rows without a key, ties of everything, fewer keys than k, a zero scale."""
+    query, key, value = (x.detach() for x in attention_inputs((2,), 2, 40, 150, 16, 24))
+    query[0, 0, 3, 2], query[0, 1, 5, 0], key[1, 0, 17, 3] = NAN, INF, NAN
+    mask = torch.rand(1, 2, 40, 150) < 0.1
+    mask[:, :, 7] = False
+    for zero_empty_rows in (False, True):
+        check(query, key, value, "mask($0)", [mask], k=30, zero_empty_rows=zero_empty_rows, is_exact=True)
+    clean = [torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (query, key, value)]
+    check(*clean, scale=0.0, k=9, is_exact=True)
+    check(*clean, "add($0)", [torch.where(mask, 0.0, LOWEST)], k=30, is_exact=True)
+
+
+SCORES = {
+    "soft_cap": ("div(2.0) tanh mul(2.0) add($0) causal", lambda: [torch.randn(1, 4, 1, 150)]),
+    "window": ("keep(and(le(j, i), gt(j, sub(i, 20))), -inf)", list),
+    "finite_causal": (f"add(where(le(j, i), 0.0, {LOWEST}))", list),
+    "half_mask": (
+        "add($0)",
+        lambda: [torch.zeros(1, 1, 150, 150).masked_fill(torch.rand(150, 150) < 0.5, -1e4).bfloat16()],
+    ),
+    "padding": ("keep(and(le(j, i), $0), -inf)", lambda: [(torch.arange(150) < 90).view(1, 1, 1, 150)]),
+    "alibi": ("add(mul($0, float32(sub(j, i)))) causal", lambda: [torch.rand(1, 4, 1, 1)]),
+    "documents": ("keep(eq($0, $1), -inf)", lambda: [(torch.arange(150) // 40).view(1, 1, s, -1) for s in (150, 1)]),
+    "lookup": ("add(lookup($0, minimum(abs(sub(j, i)), 15)))", lambda: [torch.randn(1, 4, 1, 16)]),
+    "strided_bias": ("add($0)", lambda: [torch.randn(1, 4, 150, 150).mT]),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_score_functions_match_the_definition(name, instructions):
+    score, operands = SCORES[name]
+    query, key, value = (torch.randn(1, 4, 150, 32) for _ in range(3))
+    check(query, key, value, score, operands(), k=11)
+    check(query[:, :, :1], key, value, score, [x[:, :, :1] for x in operands()], k=11)
+
+
+@pytest.mark.parametrize("score", ["sink($0)", "sink($0) softmax mul($1)", "causal softmax mul($1) add($0)"])
+def test_sinks_and_steps_after_the_softmax_match_aten(score, instructions):
+    query, key, value = (torch.randn(2, 4, 60, 16) for _ in range(3))
+    operands = [torch.randn(1, 4, 1, 1), torch.randn(1, 4, 60, 60)][: 1 + score.count("$1")]
+    keep = torch.rand(2, 4, 60, 9) < 0.5
+    arguments = (query, key, value, operands, score, 0.5, 9)
+    for dropout in ((None, 0.0), (keep, 0.5)):
+        output, indices, weights = cpu.attention_forward(*arguments, *dropout, True)
+        _, expected, probabilities = aten.attention_forward(*arguments, None, 0.0, True)
+        order, expected_order = indices.sort(-1), expected.sort(-1)
+        assert order.values.equal(expected_order.values)
+        torch.testing.assert_close(
+            weights.abs().gather(-1, order.indices), probabilities.gather(-1, expected_order.indices)
+        )
+        if dropout[0] is None:
+            assert_near(output, aten.attention_forward(*arguments, None, 0.0, True)[0])
+        else:
+            assert weights.signbit().equal(~keep & (indices >= 0))
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+@pytest.mark.parametrize("k", [1, 64, 500])
+def test_skewed_scores_are_selected_exactly(order, k):
+    """Each key better than the last is the most work, all equal the most ties."""
+    steps = {"rising": torch.arange(1000.0), "falling": -torch.arange(1000.0), "equal": torch.zeros(1000)}[order]
+    key = torch.cat([steps.view(1, 1, 1000, 1), torch.ones(1, 1, 1000, 3)], -1)
+    query, value = torch.ones(1, 1, 100, 4), torch.randn(1, 1, 1000, 8)
+    check(query, key, value, k=k, scale=1.0, is_exact=True)
+
+
+@pytest.mark.parametrize("size", [32, 80, 96, 256])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 3), (8, 12)])
+def test_head_sizes_and_counts_match_the_definition(size, batch, heads):
+    query, key, value = (torch.randn(batch, heads, 67, size) for _ in range(3))
+    check(query, key, value, "causal", scale=size**-0.5, k=16)
+
+
+def test_a_row_whose_keys_are_all_masked_by_a_finite_number_keeps_the_lowest():
+    query, key, value = (torch.randn(1, 1, 400, 16) for _ in range(3))
+    mask = torch.zeros(1, 1, 400, 400).masked_fill(torch.ones(400, 400, dtype=torch.bool).triu(1), LOWEST)
+    mask[:, :, 100] = LOWEST
+    indices = check(query, key, value, "add($0)", [mask], k=16)
+    assert indices[0, 0, 100].tolist() == list(range(16))
+    output = cpu.attention_forward(query, key, value, [mask], "add($0)", 0.5, 16, None, 0.0, True)[0]
+    assert_near(output[0, 0, 100], value[0, 0, :16].mean(0))
+
+
+# --- threads
+
+
+@pytest.mark.parametrize("queries", [1, 300])
+def test_number_of_threads_changes_no_bit(queries):
+    query, key, value = torch.randn(1, 2, queries, 32), *(torch.randn(1, 1, 3000, 32) for _ in range(2))
+    grad = torch.randn(1, 2, queries, 32)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            arguments = (query, key, value, [], "", 0.2)
+            output, indices, weights = cpu.attention_forward(*arguments, 40, None, 0.0, True)
+            grads = cpu.attention_backward(grad, *arguments, indices, weights, 0.0, [])
+            found.append((output, indices, weights, *grads))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(x.equal(y) for x, y in zip(found[0], other, strict=True))
+
+
+# --- backward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(4, 4), (2, 2), (1, 4)], ids=str)
+def test_gradients_match_those_of_aten_in_float64(instructions, key_heads, value_heads, dtype):
+    query, key, _ = (x.detach() for x in attention_inputs((2,), 4, 60, 90, 20, 4, key_heads=key_heads, dtype=dtype))
+    value, bias = torch.randn(2, value_heads, 90, 12).to(dtype), integers(1, 4, 60, 90)
+    arguments, score = (query, key, value, [bias]), "div(4.0) tanh add($0) causal"
+    output, indices, weights = cpu.attention_forward(*arguments, score, 0.5, 9, None, 0.0, True)
+    grad = torch.randn(output.shape).to(dtype)
+    rest = (indices, weights.double(), 0.0, [True])
+    actual = cpu.attention_backward(grad, *arguments, score, 0.5, indices, weights, 0.0, [True])
+    wide = [x.double() for x in arguments[:3]]
+    expected = aten.attention_backward(grad.double(), *wide, [bias.double()], score, 0.5, *rest)
+    for x, y in zip(actual, expected, strict=True):
+        magnitude = y.abs().max().item()
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=(2e-2 if x.dtype != torch.float32 else 2e-5) * magnitude)
+
+
+# --- what has no code
+
+
+def test_every_reason_names_what_is_missing():
+    query = torch.randn(1, 1, 8, 4)
+    assert cpu.why_not(query, query, query, [], "causal") == ""
+    assert "dtype torch.float64" in cpu.why_not(*(query.double(),) * 3, [], "")
+    assert "the operation elu" in cpu.why_not(query, query, query, [], "elu(1.0)")
+    bias = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    assert "operand $0 has dtype torch.float64" in cpu.why_not(query, query, query, [bias], "add($0)")
+    with pytest.raises(NoCodeError, match="the operation elu"):
+        source_of(Score.parse("elu(1.0)").before, Score.parse("").after, [])
+    with (
+        pytest.raises(LoweringUnavailableError, match="this processor has no neon"),
+        build.instruction_set("neon"),
+    ):
+        pass
+
+
+def test_masks_that_mask_nothing_are_left_out_of_a_block():
+    kind = OperandKind(torch.bool, "dense")
+    code = source_of(Score.parse("keep(and(le(j, i), $0), -inf)").before, Score.parse("").after, [kind])
+    assert "? Change::NONE : Change::ANY" in code
+    code = source_of(Score.parse("tanh keep(le(j, i), -inf)").before, Score.parse("").after, [])
+    assert "? Change::WITHOUT_MASKS : Change::ANY" in code
+
+
+# --- property
+
+
+@st.composite
+def problems(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = {
+        "batch": (draw(st.integers(1, 2)),),
+        "heads": key_heads * group,
+        "key_heads": key_heads,
+        "queries": draw(st.sampled_from([1, 2, 9, 30, 130])),
+        "keys": draw(st.sampled_from([1, 5, 64, 65, 300])),
+        "head_size": draw(st.sampled_from([1, 7, 16, 40, 64])),
+        "value_size": draw(st.sampled_from([1, 15, 16, 37])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "generator": generator,
+    }
+    inputs = [x.detach() for x in attention_inputs(**sizes)]
+    is_exact = draw(st.booleans())
+    if not is_exact:
+        inputs = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in inputs]
+    layouts = sorted(LAYOUTS)
+    inputs = [LAYOUTS[draw(st.sampled_from(layouts))](x) for x in inputs]
+    full = (*sizes["batch"], sizes["heads"], sizes["queries"], sizes["keys"])
+    shape = [size if draw(st.booleans()) else 1 for size in full]
+    masked = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.9]))
+    bias = integers(*shape, generator=generator)
+    score, operands = draw(
+        st.sampled_from(
+            [
+                ("", []),
+                ("causal", []),
+                ("mask($0)", [~masked]),
+                ("add($0) causal", [bias.masked_fill(masked, -INF)]),
+                ("add($0)", [torch.zeros(shape).masked_fill(masked, LOWEST)]),
+            ]
+        )
+    )
+    options = {
+        "scale": draw(st.sampled_from([0.125, 1.0, -0.5])),
+        "k": draw(st.sampled_from([1, 2, 8, 50, 400])),
+        "zero_empty_rows": draw(st.booleans()),
+        "is_exact": is_exact,
+    }
+    return inputs, score, operands, options
+
+
+@settings(derandomize=True, max_examples=150, deadline=None, database=None)
+@given(problems())
+def test_any_call_matches_the_definition(problem):
+    inputs, score, operands, options = problem
+    check(*inputs, score, operands, **options)
