@@ -175,23 +175,22 @@ inline Interval interval_of(const Block& block, int operand) {
       for (int64_t n = 1; n < count; n++) low = std::min(low, row[n * stride]), high = std::max(high, row[n * stride]);
       found = unite(found, {double(low), double(high)});
     } else {
-      using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
-      const auto value = [](const T& y) {
-        if constexpr (std::is_same_v<T, double>) return y; else return to_float(y);
-      };
-      F low = value(row[0]), high = low;
-      int has_nan = low != low;
-      const auto meet = [&](F y) {
-        low = y < low ? y : low;
-        high = y > high ? y : high;
-        has_nan |= y != y;
+      // As integers in the order of the floats, of which a loop takes the smallest and largest a vector at a time. The
+      // NaNs stand beyond the infinities.
+      int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+      const auto meet = [&](float y) {
+        const int32_t bits = bit_cast<int32_t>(y), order = bits ^ ((bits >> 31) & 0x7fffffff);
+        low = std::min(low, order);
+        high = std::max(high, order);
       };
       if (stride == 1) {
-        for (int64_t n = 1; n < count; n++) meet(value(row[n]));
+        for (int64_t n = 0; n < count; n++) meet(to_float(row[n]));
       } else {
-        for (int64_t n = 1; n < count; n++) meet(value(row[n * stride]));
+        for (int64_t n = 0; n < count; n++) meet(to_float(row[n * stride]));
       }
-      found = unite(found, has_nan ? anything() : Interval{double(low), double(high)});
+      const auto number_of = [](int32_t x) { return bit_cast<float>(x ^ ((x >> 31) & 0x7fffffff)); };
+      const bool has_nan = number_of(low) != number_of(low) || number_of(high) != number_of(high);
+      found = unite(found, has_nan ? anything() : Interval{double(number_of(low)), double(number_of(high))});
     }
   }
   return found;
