@@ -386,7 +386,7 @@ def _lay_out(emit: Emitter, new: fx.Node, old: fx.Node) -> fx.Node:
 
 
 def _is_viewed(node: fx.Node) -> bool:
-    """Whether a view of another shape is taken of a node, or of it permuted: one that its strides must allow."""
+    """Whether a view of another shape is taken of a node, or of it with its axes moved; its strides must allow that."""
     for user in node.users:
         call = read(user)
         if call is None or call.get("input") is not node:

@@ -370,8 +370,8 @@ class TestOpened(TestCase):
 
     def test_multi_head_attention(self) -> None:
         """From the mask to the op; how the output is joined afterwards differs between versions of torch."""
-        module = nn.MultiheadAttention(E, H, batch_first=True)
-        trace = DynamoTrace(Applied(module, lambda m, x: m(x, x, x, key_padding_mask=PADDING)[0]), (QUERY,))
+        module = nn.MultiheadAttention(E, H)
+        trace = DynamoTrace(Applied(module, lambda m, x: m(x, x, x, key_padding_mask=PADDING)[0]), (drawn(L, B, E),))
         lines = trace.rewrite(k=3)[2].splitlines()
         first, last = (
             next(n for n, line in enumerate(lines) if line.startswith(name)) for name in ("zeros", "attention")
@@ -381,8 +381,7 @@ class TestOpened(TestCase):
             """\
 zeros_like: f32[2, 7] = zeros_like(g_padding_, dtype=torch.float32)
 mask: f32[2, 7] = zeros_like.masked_fill_(g_padding_, -inf)
-query: f32[7, 2, 8] = l_inputs_0_.transpose(1, 0)
-linear: f32[7, 2, 24] = aten.linear(query, l_self_modules_inner_parameters_in_proj_weight_, l_self_modules_inner_parameters_in_proj_bias_)
+linear: f32[7, 2, 24] = aten.linear(l_inputs_0_, l_self_modules_inner_parameters_in_proj_weight_, l_self_modules_inner_parameters_in_proj_bias_)
 unflatten: f32[7, 2, 3, 8] = aten.unflatten.int(linear, -1, [3, 8])
 unsqueeze: f32[1, 7, 2, 3, 8] = aten.unsqueeze(unflatten, 0)
 transpose: f32[3, 7, 2, 1, 8] = aten.transpose.int(unsqueeze, 0, -2)
