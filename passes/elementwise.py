@@ -108,9 +108,7 @@ def read_elementwise(node: fx.Node) -> Operation | None:
 
 def read_in_place(call: Call) -> Operation | None:
     """The operation whose result an in-place call leaves in its input, in the input's dtype; None if it is none."""
-    operation = _read_dialect(call)
-    dtype = str(dtype_of(call.node)).removeprefix("torch.")
-    return Operation(dtype, (operation,)) if operation is not None and dtype in CAST_DTYPES else None
+    return _read_dialect(call) if call.in_place else None
 
 
 def _target(node: fx.Node) -> Any:

@@ -262,8 +262,11 @@ class RegionReader:
             return None
         if storage_roots(source) != {source} or source.op in ("placeholder", "get_attr"):
             return None
+        operation, dtype = read_in_place(call), str(dtype_of(x)).removeprefix("torch.")
+        if operation is None or dtype not in CAST_DTYPES:
+            return None
         self.overwritten.add(source)
-        return read_in_place(call)
+        return Call(dtype, (operation,))
 
     def _operation(self, operation: Call, axes: Axes) -> Expression:
         arguments: list[Expression] = []
