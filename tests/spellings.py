@@ -369,6 +369,14 @@ def masked_fill_in_place_of_a_mask_as_large_as_the_scores(q: Tensor, k: Tensor, 
     return scores.softmax(-1) @ v
 
 
+@spelling(symbolic="unknown_score_op")
+def maximum_with_a_scalar_tensor(q_joined: Tensor, k_joined: Tensor, v_joined: Tensor, additive: Tensor) -> Tensor:
+    """XGLM's, between two views."""
+    scores = (q_joined @ k_joined.mT).view(B, H, LQ, LK) + additive
+    scores = torch.max(scores, torch.tensor(torch.finfo(torch.float32).min))
+    return scores.view(B * H, LQ, LK).softmax(-1) @ v_joined
+
+
 @spelling()
 def bias_written_before_it_is_added(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
     """Funnel's: the write comes after the product, and before anything of the attention reads the bias."""
