@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import multiprocessing
 import os
 import time
@@ -271,6 +272,7 @@ def main() -> None:
     cases = [(name, attention) for name in names for attention in arguments.attention]
     torch.set_num_threads(1)  # before any thread is there: a process that has some must not be forked
     warnings.simplefilter("ignore")
+    torch._logging.set_logs(dynamo=logging.ERROR)  # not where a model breaks the graph
     run("llama", "eager")  # so that what the first compile imports is imported once
     torch._dynamo.reset()
     topk_fx.clear_reports()

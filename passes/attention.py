@@ -211,8 +211,8 @@ def _check_inputs(site: AttentionSite, trace: Trace) -> None:
     if needed:
         names = ", ".join(sorted(node.name for node in needed))
         raise Refuse("scores_used_elsewhere", f"{names}, which the attention reads, is computed from its own scores")
-    start = min(trace.order[node] for node in trace.interior | trace.passed)
-    check_span("attention", inputs, trace.interior, start, site.output, trace.order)
+    nodes = trace.interior | trace.passed
+    check_span("attention", inputs, nodes, min(map(trace.order.__getitem__, nodes)), site.output, trace.order)
 
 
 def _leading_scale(steps: tuple[ScoreStep, ...]) -> tuple[Any, bool, tuple[ScoreStep, ...]]:

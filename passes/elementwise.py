@@ -110,11 +110,7 @@ def read_elementwise(node: fx.Node, in_place: bool = False) -> Operation | None:
 
 def read_in_place(call: Call) -> Operation | None:
     """The operation whose result an in-place call leaves in its input, in the input's dtype; None if it is none."""
-    operation = _read_dialect(call)
-    if operation is None or all(dtype_of(x) == dtype_of(call.node) for x in call.node.all_input_nodes):
-        return operation
-    dtype = str(dtype_of(call.node)).removeprefix("torch.")
-    return Operation(dtype, (operation,)) if dtype in CAST_DTYPES else None
+    return _read_dialect(call) if call.in_place else None
 
 
 def _target(node: fx.Node) -> Any:

@@ -52,17 +52,25 @@ def find_stretch(end: fx.Node, product: fx.Node, order: Order) -> Stretch:
 
 
 def depends_on(node: fx.Node, source: fx.Node, order: Order) -> bool:
-    """Whether a node is computed from `source`, or is it."""
+    """Whether a node is computed from the values of `source`, and not of its shape or dtype alone, or is it."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
         if current is source:
             return True
-        for x in current.all_input_nodes:
+        for x in _read_values(current):
             if x not in seen and order[x] >= order[source]:
                 seen.add(x)
                 pending.append(x)
     return False
+
+
+def _read_values(node: fx.Node) -> list[fx.Node]:
+    """The arguments of which a node reads more than shape and dtype."""
+    call = read(node)
+    if call is not None and call.kind in (Kind.EXPAND, Kind.VIEW, Kind.CAST):  # as expand_as, view_as, type_as
+        return [call["input"]]
+    return node.all_input_nodes
 
 
 @dataclasses.dataclass

@@ -304,8 +304,12 @@ class RegionReader:
             return None
         if storage_roots(source) != {source} or source.op in ("placeholder", "get_attr"):
             return None
+        operation, dtype = read_in_place(call), str(dtype_of(x)).removeprefix("torch.")
+        if operation is None or dtype not in CAST_DTYPES:
+            return None
         self.overwritten.add(source)
-        return read_in_place(call)
+        is_kept = all(dtype_of(argument) == dtype_of(x) for argument in x.all_input_nodes)
+        return operation if is_kept else Call(dtype, (operation,))
 
     def _operation(self, operation: Call, axes: Axes, dtype: torch.dtype | None) -> Expression:
         arguments: list[Expression] = []

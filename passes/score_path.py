@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -351,11 +353,16 @@ def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
 
 
 def _may_lead_to_product(node: fx.Node, depth: int = 24) -> bool:
-    """Whether elementwise calls, whatever they compute, lead back from node to a product."""
+    """Whether moves and elementwise calls, whatever they compute, lead back from node to a product."""
     if _leads_to_product(node):
         return True
-    operation = read_elementwise(node) if depth else None
-    return operation is not None and any(_may_lead_to_product(x, depth - 1) for x in node.all_input_nodes)
+    call = read(node)
+    sources: Sequence[Any] = ()
+    if depth and read_elementwise(node) is not None:
+        sources = node.all_input_nodes
+    elif depth and call is not None and call.kind in CHAIN:
+        sources = [call.get(name) for name in _SCORE_ARGUMENTS.get(call.kind, ("input",))]
+    return any(isinstance(x, fx.Node) and _may_lead_to_product(x, depth - 1) for x in sources)
 
 
 def _reaches_product(node: fx.Node, depth: int = 4) -> bool:

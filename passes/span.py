@@ -17,16 +17,26 @@ Order = Mapping[fx.Node, int]
 def check_span(
     what: str, inputs: set[fx.Node], interior: Collection[fx.Node], start: int, output: fx.Node, order: Order
 ) -> None:
-    """Refuse if, from position `start` to `output`, grad mode or autocast changes or an input may be written to.
+    """Refuse if grad mode or autocast changes from position `start` to `output`, or an input is written to once read.
 
-    The op stands where `output` stood. `interior` are the nodes that it replaces, which may write to each other.
+    The op stands where `output` stood. `interior` are the nodes that it replaces, or passes over, which may write to
+    each other. An input is read from where the first of them uses it.
     """
     change = find_mode_change(start, output, order)
     if change is not None:
         raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {change.name}, inside the {what}")
-    writer = find_writer(inputs, interior, start, output, order)
-    if writer is not None:
-        raise Refuse("inputs_written_between", f"{describe(writer)} writes to an input of the {what} inside it")
+    for node in sorted(inputs, key=order.__getitem__):
+        writer = find_writer({node}, interior, _first_read(node, interior, start, order), output, order)
+        if writer is not None:
+            raise Refuse("inputs_written_between", f"{describe(writer)} writes to an input of the {what} inside it")
+
+
+def _first_read(node: fx.Node, interior: Collection[fx.Node], start: int, order: Order) -> int:
+    """The position from which `interior` may read a node: that of the first user, if no other makes a view of it."""
+    roots = storage_roots(node)
+    if any(storage_roots(user) & roots for user in node.users if user not in interior):
+        return start
+    return min((order[user] for user in node.users if user in interior), default=start)
 
 
 def find_mode_change(start: int, end: fx.Node, order: Order) -> fx.Node | None:

@@ -13,12 +13,13 @@ from topk_fx.score.language import Call as Operation
 
 from .axes import EinsumAxes, read_move, same_shape, softmax_over_queries
 from .dialect import Call, Kind, read
-from .elementwise import read_elementwise
+from .elementwise import read_elementwise, read_in_place
 from .layout import Layout
+from .mutation import mutated_arguments
 from .score_path import Sink
 from .score_steps import NO_DROPOUT, check_cast, merge_dropout
 from .sites import Factor, Refuse, ScoreStep, Term
-from .trace import MOVES, Trace, is_assert, move_of
+from .trace import MOVES, Order, Trace, is_assert, move_of
 from .values import constant_of, dtype_of, shape_of
 from .where import describe
 
@@ -48,9 +49,10 @@ def follow_weights(softmax_output: fx.Node, score_layout: Layout, sink: Sink | N
     layouts = [Layout((), score_layout.axes, score_layout.rank)]
     steps: list[ScoreStep] = []
     dropout = NO_DROPOUT
-    node = softmax_output
+    names = [softmax_output]
     while True:
-        user = _only_user(node)
+        user = _next_user(names, trace.order)
+        node = next(x for x in names if x in user.all_input_nodes)
         call = read(user)
         kind = None if call is None else call.kind
         if sink is not None and call is not None and _cuts_sink(call, node, layouts[-1], sink):
@@ -74,15 +76,25 @@ def follow_weights(softmax_output: fx.Node, score_layout: Layout, sink: Sink | N
         elif call is None or kind != Kind.SAME or call.in_place:
             steps.append(_read_step(user, node, len(layouts) - 1))
         trace.interior.add(user)
-        node = user
+        names = [*names, user] if call is not None and call.in_place else [user]
 
 
-def _only_user(node: fx.Node) -> fx.Node:
-    users = [user for user in node.users if not is_assert(user)]
-    if len(users) != 1 or users[0].op == "output":
-        names = ", ".join("the output" if user.op == "output" else user.name for user in users) or "nothing"
-        raise Refuse("probabilities_used_elsewhere", f"the probabilities {node.name} are used by {names}")
-    return users[0]
+def _next_user(names: list[fx.Node], order: Order) -> fx.Node:
+    """What alone reads the probabilities, or writes to them before all others; `names` are nodes that hold them."""
+    users = {user for node in names for user in node.users if user not in names and not _is_unread(user)}
+    first = min(users, key=order.__getitem__, default=None)
+    call = read(first)
+    is_writer = call is not None and call.in_place and call.get("input") in names
+    if first is None or first.op == "output" or (len(users) > 1 and not is_writer):
+        found = sorted(users, key=order.__getitem__)
+        told = ", ".join("the output" if user.op == "output" else user.name for user in found) or "nothing"
+        raise Refuse("probabilities_used_elsewhere", f"the probabilities {names[0].name} are used by {told}")
+    return first
+
+
+def _is_unread(user: fx.Node) -> bool:
+    """Whether a node is left over from tracing: nothing sees its result, and it does nothing else."""
+    return is_assert(user) or not (user.users or user.op == "output" or user.is_impure() or mutated_arguments(user))
 
 
 def _cuts_sink(call: Call, node: fx.Node, layout: Layout, sink: Sink) -> bool:
@@ -119,7 +131,8 @@ def _start_of(call: Call, axis: int, rank: int) -> Any:
 
 def _read_step(user: fx.Node, weights: fx.Node, stage: int) -> ScoreStep:
     """What an elementwise call does to the probabilities, if it leaves those that are 0 at 0."""
-    operation = read_elementwise(user)
+    call = read(user)
+    operation = read_elementwise(user) or (None if call is None else read_in_place(call))
     own, before = shape_of(user), shape_of(weights)
     if operation is None or (own is not None and before is not None and not same_shape(own, before)):
         raise Refuse("probabilities_changed", f"{describe(user)} uses the probabilities before any product with V")

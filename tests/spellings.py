@@ -361,6 +361,49 @@ def masked_fill_in_place(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tenso
 
 
 @spelling()
+def masked_fill_in_place_of_a_mask_as_large_as_the_scores(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """XLM's: the mask reads the shape of the scores, and nothing else of them."""
+    scores = q @ k.transpose(-2, -1)
+    mask = (~keep).view(1, 1, LQ, LK).expand_as(scores)
+    scores.masked_fill_(mask, -1e9)
+    return scores.softmax(-1) @ v
+
+
+@spelling(symbolic="unknown_score_op")
+def maximum_with_a_scalar_tensor(q_joined: Tensor, k_joined: Tensor, v_joined: Tensor, additive: Tensor) -> Tensor:
+    """XGLM's, between two views."""
+    scores = (q_joined @ k_joined.mT).view(B, H, LQ, LK) + additive
+    scores = torch.max(scores, torch.tensor(torch.finfo(torch.float32).min))
+    return scores.view(B * H, LQ, LK).softmax(-1) @ v_joined
+
+
+@spelling()
+def bias_written_before_it_is_added(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    """Funnel's: the write comes after the product, and before anything of the attention reads the bias."""
+    scores = q @ k.transpose(-2, -1)
+    bias = bias + 1
+    bias *= keep
+    return (scores + bias).softmax(-1) @ v
+
+
+@spelling()
+def probabilities_masked_in_place(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """SEW-D's: what is read is the tensor that was written to."""
+    weights = (q @ k.transpose(-2, -1)).softmax(-1) * 1.0
+    weights.masked_fill_(~padding, 0)
+    return weights @ v
+
+
+@spelling()
+def probabilities_viewed_for_nobody(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """ProphetNet's, which gives them back only if asked for them."""
+    weights = (q @ k.transpose(-2, -1)).softmax(-1)
+    output = weights @ v
+    weights.view(B, H, LQ, LK)
+    return output
+
+
+@spelling()
 def masked_fill_of_whole_rows(q: Tensor, k: Tensor, v: Tensor, keep_some_rows: Tensor) -> Tensor:
     """The row with no key left is NaN, as is every gradient that it reaches."""
     return (q @ k.transpose(-2, -1)).masked_fill(~keep_some_rows, -INF).softmax(-1) @ v

@@ -207,11 +207,35 @@ def bias_written_as_output(q: Tensor, k: Tensor, v: Tensor, bias_keys: Tensor) -
     return weights @ v
 
 
-@trap("probabilities_used_elsewhere")
+@trap("")
 def probabilities_written(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     weights = (q @ k.transpose(-2, -1)).softmax(-1)
     weights.masked_fill_(~keep, 0.0)
     return weights @ v
+
+
+@trap("probabilities_used_elsewhere")
+def probabilities_written_and_read_before(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1)).softmax(-1)
+    before = weights.sum()
+    weights.masked_fill_(~keep, 0.0)
+    return weights @ v + before
+
+
+@trap("probabilities_used_elsewhere")
+def probabilities_written_through_a_view(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1)).softmax(-1)
+    weights[:, 0].masked_fill_(~keep, 0.0)
+    return weights @ v
+
+
+@trap("inputs_written_between")
+def mask_written_between_two_readings(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    hidden = ~keep
+    scores = q @ k.transpose(-2, -1)
+    scores = scores.masked_fill(hidden.expand_as(scores), -1.0)
+    hidden.logical_not_()
+    return scores.masked_fill(hidden, -2.0).softmax(-1) @ v
 
 
 def inputs_of(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
