@@ -141,12 +141,12 @@ class SymmetricTransformer(nn.Module):
 
 LOOPED = [
     Block(AlgoFormer, (TOKENS,), REWRITTEN * 5, REWRITTEN * 5,
-          where=("before.attention", "before.mlp.down", *("loop.attention", "loop.mlp.down") * 3,
-                 "after.attention", "after.mlp.down")),
+          where=("before.attention", "before.mlp", *("loop.attention", "loop.mlp") * 3,
+                 "after.attention", "after.mlp")),
     Block(LoopedTransformer, (TOKENS,), REWRITTEN * 3, REWRITTEN * 3,
-          where=("layer.attention", "layer.mlp.down") * 3),
+          where=("layer.attention", "layer.mlp") * 3),
     Block(SlicedRecursiveTransformer, (drawn(BATCH, 12, WIDTH),), REWRITTEN * 2, REWRITTEN * 2,
-          where=("attention", "mlp.down") * 2),
+          where=("attention", "mlp") * 2),
     Block(SingleLayerTransformer, (TOKENS,), REWRITTEN, REWRITTEN),
     Block(ScanAndSnap, (TOKENS,), REWRITTEN),
     Block(CollapsedTransformer, (TOKENS,), REWRITTEN * 2),

@@ -112,8 +112,8 @@ def test_looped_layer_is_one_row_of_the_report() -> None:
     block = LOOPED[0]
     lines = str(topk_fx.explain(block.model(), block.inputs, k=K)).splitlines()[3:]
     assert [line.split("  ")[0] for line in lines] == [
-        "before.attention", "before.mlp.down", "loop.attention (3x)", "loop.mlp.down (3x)", "after.attention",
-        "after.mlp.down",
+        "before.attention", "before.mlp", "loop.attention (3x)", "loop.mlp (3x)", "after.attention",
+        "after.mlp",
     ]  # fmt: skip
 
 

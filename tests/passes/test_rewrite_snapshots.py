@@ -373,7 +373,7 @@ return (permute_default_10)""",
                 x = self.decoder(self.encoder(x, mask), mask)
                 return x, (x @ x.mT).softmax(-1)
 
-        report = DynamoTrace(Model().eval(), (X, MASK)).rewrite(k=3, when="always")[1]
+        report = DynamoTrace(Model().eval(), (X, MASK)).rewrite(k=3, when="always", lowering="aten")[1]
         self.assertExpectedInline(
             str(report),
             """\
@@ -392,7 +392,7 @@ softmax_2  attention                                               left dense: p
         keep = torch.ones(1024, 4096, dtype=torch.bool)
         inputs = (drawn(1, 8, 1024, 2), drawn(1, 8, 4096, 2), drawn(1, 8, 4096, 2), keep)
         trace = ExportTrace(lambda q, k, v, keep: F.scaled_dot_product_attention(q, k, v, keep), inputs)
-        _, report, _ = trace.rewrite(k=64)
+        _, report, _ = trace.rewrite(k=64, lowering="aten")
         self.assertExpectedInline(
             str(report),
             """\
