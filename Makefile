@@ -41,7 +41,7 @@ help:
 
 test: lint
 	@echo "== pytest (torch $(TORCH))"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	@echo "== ruff"
