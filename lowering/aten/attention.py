@@ -20,13 +20,13 @@ from topk_fx.score import Program, Score, differentiate, evaluate
 from .bags import BagProducts, Bags, SparseProductsOf, as_table
 from .positions import ChunkPositions, KeptPositions
 
-SCORE_BUDGET = 2**22
-"""Elements of one chunk of scores in the forward: 16 MiB in float32."""
+SCORE_BUDGET = 2**21
+"""Elements of one chunk of scores in the forward: 8 MiB in float32."""
 
 DENSE_SHARE = 8
 """From one kept key in so many on, a dense product with V takes less time than a gather."""
 
-KEPT_BUDGET = 2**20
+KEPT_BUDGET = 2**18
 """Kept entries that the backward works on at a time; it holds some ten temporaries of that many elements."""
 
 
