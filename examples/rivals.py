@@ -27,7 +27,7 @@ def prepare_forward(rival: str, saved_model: Path, tokens: list[int], k: K) -> C
     def forward(text: Tensor) -> None:
         run(input_ids=text, use_cache=False, logits_to_keep=1)
 
-    return _warmed_up(forward, tokens)
+    return _warmed_up(rival, forward, tokens)
 
 
 def prepare_training(rival: str, saved_model: Path, tokens: list[int], k: K) -> Callable[[], None]:
@@ -40,7 +40,7 @@ def prepare_training(rival: str, saved_model: Path, tokens: list[int], k: K) -> 
         run(input_ids=text, labels=text, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    return _warmed_up(training_step, tokens)
+    return _warmed_up(rival, training_step, tokens)
 
 
 def load_rival(rival: str, saved_model: Path) -> PreTrainedModel:
@@ -51,16 +51,16 @@ def compile_rival(rival: str, model: PreTrainedModel, k: K) -> Callable[..., Any
     if rival == EAGER:
         return model
     if rival == SDPA:
-        return torch.compile(model, backend="inductor", dynamic=True)
+        return torch.compile(model, backend="inductor", dynamic=False)
     return compile_with_topk(model, k=k)
 
 
 def compile_with_topk(model: PreTrainedModel, **options: Any) -> Callable[..., Any]:
-    return torch.compile(model, backend="topk", dynamic=True, options=options)
+    return torch.compile(model, backend="topk", dynamic=False, options=options)
 
 
-def _warmed_up(run: Callable[[Tensor], None], tokens: list[int]) -> Callable[[], None]:
-    """Compiled with symbolic lengths, so that a few tokens are enough to compile for all of them."""
+def _warmed_up(rival: str, run: Callable[[Tensor], None], tokens: list[int]) -> Callable[[], None]:
+    """What is compiled has to see the full length once; for the rest a few tokens will do."""
     text = torch.tensor([tokens])
-    run(text[:, :128])
+    run(text[:, :16] if rival == EAGER else text)
     return lambda: run(text)
