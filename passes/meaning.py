@@ -103,7 +103,7 @@ class Meaning:
 
     def _term(self, term: Term, frame: Frame | None) -> Expression:
         shape = shape_of(term.node)
-        if frame is None or shape is None or term.order is not None or len(shape) > frame.rank:
+        if frame is None or shape is None or (term.order, term.shape) != (None, None) or len(shape) > frame.rank:
             return term
         if not frame.is_full(shape, frame.aligned(len(shape))):
             return term

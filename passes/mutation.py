@@ -148,14 +148,11 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
 
 def _has_own_storage(node: fx.Node) -> bool:
     """Whether tracing, which ran the same function of torch on fake tensors, saw a storage that no argument has."""
-    is_known = node.op == "call_method" or (
-        node.op == "call_function"
-        and (
-            node.target.namespace == "aten"
-            if isinstance(node.target, torch._ops.OpOverload)
-            else _is_torch_function(node.target)
-        )
-    )
+    target: Any = node.target
+    is_known = node.op == "call_method"
+    if node.op == "call_function":
+        is_overload = isinstance(target, torch._ops.OpOverload)
+        is_known = target.namespace == "aten" if is_overload else _is_torch_function(target)
     own = _storages(node)
     if not is_known or not own:
         return False

@@ -274,6 +274,8 @@ def _emit_term(emit: Emitter, term: Term, query: fx.Node) -> fx.Node:
         own = torch.int64 if isinstance(recorded, torch.SymInt) else dtype
         where = {"dtype": own, "device": value.device} if value is not None else {}
         node = emit.call(aten.scalar_tensor.default, node, **where)
+    if term.shape is not None:
+        node = emit.reshape(node, term.shape)
     if term.order is not None:
         node = _reorder(emit, node, term.order)
     if term.negated or term.multiplier != 1:

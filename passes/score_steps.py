@@ -19,15 +19,16 @@ from .where import describe
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A tensor, or a number known only at run time, that a step reads."""
+    """A tensor, or a number known only at run time, that a step reads; `shape`: what it is reshaped to first."""
 
     node: fx.Node
     negated: bool = False
     multiplier: Any = 1
+    shape: tuple[Any, ...] | None = None
 
     def at(self, stage: int) -> Term:
         """The operand of a step before which the scores have moved `stage` times."""
-        return Term(self.node, stage, self.negated, self.multiplier)
+        return Term(self.node, stage, self.negated, self.multiplier, shape=self.shape)
 
 
 Step = tuple[str, tuple[float | Operand, ...]]
@@ -121,7 +122,15 @@ def _number_or_operand(x: Any, scores: fx.Node, negated: bool, multiplier: Any) 
     dtype = dtype_of(x)
     if dtype is not None and dtype.is_complex:
         raise Refuse("unknown_score_op", f"the scores meet the complex tensor {x.name}")
-    return Operand(x, negated, multiplier)
+    node, shape = _before_view(x)
+    return Operand(node, negated, multiplier, shape)
+
+
+def _before_view(x: fx.Node) -> tuple[fx.Node, tuple[Any, ...] | None]:
+    """What a tensor was before it was viewed as another, such as the scores, and the shape that it was given."""
+    call, shape = read(x), shape_of(x)
+    is_viewed = call is not None and call.kind == Kind.VIEW and call.get("other") is not None and shape is not None
+    return (call["input"], shape) if call is not None and is_viewed else (x, None)
 
 
 def _unexpanded(x: Any, scores: fx.Node) -> Any:
@@ -138,7 +147,8 @@ def _condition(x: Any, scores: fx.Node) -> Operand:
     x = _unexpanded(x, scores)
     if not isinstance(x, fx.Node) or dtype_of(x) not in (None, torch.bool):
         raise Refuse("condition_not_boolean", f"the mask {x} is not a boolean tensor, but {dtype_of(x)}")
-    return Operand(x)
+    node, shape = _before_view(x)
+    return Operand(node, shape=shape)
 
 
 def _bounds(call: Call) -> tuple[float, float]:

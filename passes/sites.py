@@ -49,7 +49,8 @@ class Term:
     """A tensor, or a number known only at run time, that a score step reads.
 
     `stage`: how many moves of the scores precede the step. `order`: which axis of the tensor stands in the place of
-    each axis of the scores (None: a new axis of size 1); by default it broadcasts as it is.
+    each axis of the scores (None: a new axis of size 1); by default it broadcasts as it is. `shape`: what it is
+    reshaped to first.
     """
 
     node: fx.Node
@@ -57,6 +58,7 @@ class Term:
     negated: bool = False
     multiplier: Any = 1
     order: tuple[int | None, ...] | None = None
+    shape: tuple[Any, ...] | None = None
 
 
 def terms_of(argument: Any) -> Iterator[Term]:

@@ -169,15 +169,22 @@ def maximum_over(x: Any, maximum: Any) -> tuple[Any, list[fx.Node]] | None:
         nodes.append(maximum)
         maximum = maximum.args[0]
         call = read(maximum)
+    restored = None
+    if call is not None and call.kind == Kind.UNSQUEEZE:  # the dimension is kept in two steps
+        nodes.append(call.node)
+        maximum, restored = call["input"], call.get("dim")
+        call = read(maximum)
     if isinstance(maximum, fx.Node) and call is None and maximum.target is getattr and maximum.args[1] == "values":
         nodes.append(maximum)
         call = read(maximum.args[0])
     elif call is not None and call.kind == Kind.GETITEM and call.get("index") == 0:
         nodes.append(call.node)
         call = read(call["input"])
-    if call is None or call.kind not in (Kind.AMAX, Kind.MAX) or call["input"] is not x or not call.get("keepdim"):
+    if call is None or call.kind not in (Kind.AMAX, Kind.MAX) or call["input"] is not x:
         return None
-    return _one_dim(call.get("dim")), [*nodes, call.node]
+    dim = _one_dim(call.get("dim"))
+    is_kept = bool(call.get("keepdim")) if restored is None else not call.get("keepdim") and dim == _one_dim(restored)
+    return (dim, [*nodes, call.node]) if is_kept else None
 
 
 def _one_dim(dim: Any) -> int | None:

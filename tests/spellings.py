@@ -378,6 +378,21 @@ def maximum_with_a_scalar_tensor(q_joined: Tensor, k_joined: Tensor, v_joined: T
 
 
 @spelling()
+def row_maximum_subtracted_between_scales(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """CogView's, in LayoutLMv3: the maximum loses its dimension and gets it back."""
+    scores = q @ k.transpose(-2, -1) / 32
+    return ((scores - scores.amax(dim=-1).unsqueeze(-1)) * 32).softmax(-1) @ v
+
+
+@spelling(symbolic="scores_used_elsewhere")
+def bias_reshaped_as_the_scores(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """SAM's decomposed positions: the scores tell a shape, and nothing else."""
+    scores = q @ k.transpose(-2, -1)
+    bias = bias.expand(B, -1, -1, -1).flatten()
+    return (scores + bias.reshape_as(scores)).softmax(-1) @ v
+
+
+@spelling()
 def bias_written_before_it_is_added(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
     """Funnel's: the write comes after the product, and before anything of the attention reads the bias."""
     scores = q @ k.transpose(-2, -1)
