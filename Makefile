@@ -59,7 +59,7 @@ typecheck: $(VENV)/.test
 		$(MYPY_ARGS) --package topk_fx | sed -E 's#^topk_fx/(passes|lowering)/#\1/#'
 
 fuzz: $(VENV)/.test
-	@$(BIN)/python -m pytest -s tests/fuzz/test_fuzz.py -k minutes --fuzz-minutes $(FUZZ_MINUTES) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -s -p no:logging tests/fuzz/test_fuzz.py -k minutes --fuzz-minutes $(FUZZ_MINUTES) $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)

@@ -73,6 +73,10 @@ class Program:
             ]
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """How Hypothesis prints it."""
+        printer.text("\n" + repr(self))
+
     def source(self, lines: tuple[str, ...]) -> str:
         return "\n    ".join([f"def model({', '.join(x.name for x in self.inputs)}):", *lines]) + "\n"
 

@@ -679,7 +679,10 @@ class Writer:
             f"{up} * {up}.sigmoid()", f"F.softmax({up}, -1)", f"{up} * {up}", f"F.relu({up}) + 1", f"torch.pow(F.relu({up}), 2.0)",
             f"{up} * F.gelu({up})", f"F.gelu({up}.float())" if self.dtype == torch.float32 else f"F.relu(-{up})",
         ))  # fmt: skip
-        self.softmaxes += "softmax" in self.lines[-1]
+        is_softmax = "softmax" in self.lines[-1]  # an attention, whose keys and values are the weights
+        if is_softmax:
+            self.softmaxes += 1
+            self.reference[-1] = f"{hidden} = keeping.softmax({up}, -1)"
         if self.chance(3):
             source = x if not self.chance(6) else self.bind("x", f"{x} * 2")
             gate = self.bind("h", linear(source, "gate", "f", "c"))
@@ -689,7 +692,7 @@ class Writer:
                                                 f"torch.mul({hidden}, {gate})", f"{hidden}.mul({gate})"))  # fmt: skip
         self.names += 1
         kept = f"h{self.names}"
-        self.emit(f"{kept} = {hidden}", f"{kept} = keeping.hidden({hidden})")
+        self.emit(f"{kept} = {hidden}", f"{kept} = {hidden if is_softmax else f'keeping.hidden({hidden})'}")
         if self.chance(4):
             kept = self.bind("h", self.choose(f"F.dropout({kept}, 0.3, training=False)", f"F.dropout({kept}, 0.0)", f"{kept}.clone()",
                                               f"{kept} * 2", f"F.layer_norm({kept}, (7,))", f"{kept} + {up}", f"{kept}.flip(-1)"))  # fmt: skip
