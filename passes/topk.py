@@ -132,7 +132,7 @@ class TopKPass:
 
     def _lowering_of(self, op: fx.Node) -> tuple[str, str]:
         """What will compute an op, as far as tracing recorded its tensors; and why it is no better one."""
-        arguments = fx.node.map_arg(op.args, value_of)
+        arguments: Any = fx.node.map_arg(op.args, value_of)
         if self.lowering_of is None or any(x is None for x in (*arguments[:3], *arguments[3])):
             return self.lowering, ""
         name, detail = self.lowering_of(self.lowering, arguments)

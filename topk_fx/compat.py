@@ -7,7 +7,7 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -166,8 +166,8 @@ def _cpp_cache() -> Any:
     class KernelCache(CppCodeCache):
         """Libraries that neither include nor link PyTorch."""
 
-        cache: ClassVar[dict[str, Any]] = {}
+        cache: dict[str, Any] = {}  # noqa: RUF012
         cache_clear = staticmethod(cache.clear)
-        cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": False, "shared": True}
+        cpp_compile_command_flags: dict[str, Any] = {"include_pytorch": False, "shared": True}  # noqa: RUF012
 
     return KernelCache

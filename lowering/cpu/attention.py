@@ -107,7 +107,7 @@ def attention_forward(
 
 def attention_backward(*arguments: Any) -> list[Tensor]:
     """The gradients as `aten.attention_backward`, with the sparse products in C++."""
-    return aten_backward(*arguments, sparse_products=CppProducts)
+    return aten_backward(*arguments, sparse_products=CppProducts)  # type: ignore[misc]
 
 
 def _operand(x: Tensor, is_table: bool) -> _Operand:
@@ -130,12 +130,12 @@ def _is_one(size: int | torch.SymInt) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _kernel(query_type: str, value_type: str) -> ctypes._CFuncPtr:
+def _kernel(query_type: str, value_type: str) -> Any:
     return _kernel_for(query_type, value_type, build.current_instruction_set())
 
 
 @functools.cache
-def _kernel_for(query_type: str, value_type: str, instructions: str) -> ctypes._CFuncPtr:
+def _kernel_for(query_type: str, value_type: str, instructions: str) -> Any:
     library = build.load('#include "attention.cpp"\n', (f"QUERY={query_type}", f"VALUE={value_type}"))
     function = library.attention_forward
     function.restype = ctypes.c_int64
