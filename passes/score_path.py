@@ -170,6 +170,8 @@ class ScorePath:
             source = None if call is None else self._score_source(call)
             if call is not None and call.kind == Kind.CAT:
                 source = next((x for x in call.node.all_input_nodes if _leads_to_product(x)), None)
+            if source is None and call is not None and call.kind in MOVES and _may_lead_to_product(call["input"]):
+                source = call["input"]
             if source is None:
                 operation = read_elementwise(node)
                 sources = [] if operation is None else [x for x in node.all_input_nodes if _may_lead_to_product(x)]
