@@ -1,8 +1,9 @@
-"""op -> kernel: registers what computes each topk_fx op. ATen chunks serve every device, C++ kernels processors."""
+"""op -> kernel: registers what computes each topk_fx op. ATen chunks serve every device, C++ kernels
+processors, Triton kernels GPUs."""
 
 from topk_fx.ops import library
 
-from . import aten, cpu, dispatch
+from . import aten, cpu, dispatch, triton
 from .choice import choose, lowering_of, pays
 
 library.impl("attention_forward", dispatch.attention_forward, "CompositeExplicitAutograd")
@@ -10,4 +11,4 @@ library.impl("attention_backward", dispatch.attention_backward, "CompositeExplic
 library.impl("ffn_forward", aten.ffn_forward, "CompositeExplicitAutograd")
 library.impl("ffn_backward", aten.ffn_backward, "CompositeExplicitAutograd")
 
-__all__ = ["aten", "choose", "cpu", "lowering_of", "pays"]
+__all__ = ["aten", "choose", "cpu", "lowering_of", "pays", "triton"]

@@ -5,58 +5,86 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from topk_fx.config import Keep, TopKConfig, kept_count
 from topk_fx.errors import LoweringUnavailableError
 
-from . import cpu
-from .cpu import build
+from . import cpu, triton
 
-AVAILABLE = ("aten", "cpu")
+AVAILABLE = ("aten", "cpu", "triton")
 
-FEWEST_KEYS = 1024
-KEPT_SHARE = 8
-"""The C++ kernels take less time than SDPA where one key in so many is kept, of so many keys or more (measured)."""
+BEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+"""The lowering that takes least time, by the type of the tensors' device; ATen where there is none or it cannot."""
+
+FEWEST_KEYS = {"cpu": 1024, "triton": 65536}
+KEPT_SHARE = {"cpu": 8, "triton": 1024}
+"""Kernels take less time than SDPA where one key in so many is kept, of so many keys or more (measured)."""
 
 
 def choose(config: TopKConfig) -> str:
-    """The name of the lowering that a configuration asks for, or of the best that a processor has.
+    """The name of the lowering that a configuration asks for, "" where the tensors are to decide.
 
     Raises:
         LoweringUnavailableError: the one asked for cannot run; it is never replaced by another in silence.
     """
     if config.lowering is None:
-        return "aten" if build.why_unavailable() else "cpu"
-    if config.lowering not in AVAILABLE:
-        raise LoweringUnavailableError(
-            f"lowering={config.lowering!r} cannot run: this version of topk_fx has no {config.lowering} kernels; "
-            f"available: {', '.join(map(repr, AVAILABLE))}"
-        )
-    if config.lowering == "cpu" and build.why_unavailable():
-        raise LoweringUnavailableError(f"lowering='cpu' cannot run: {build.why_unavailable()}")
+        return ""
+    if why := _why_unavailable(config.lowering, "cuda"):
+        raise LoweringUnavailableError(f"lowering={config.lowering!r} cannot run: {why}")
     return config.lowering
 
 
 def lowering_of(chosen: str, arguments: Sequence[Any]) -> tuple[str, str]:
     """What will compute `topk_fx::attention` with these arguments, of which tensors may be fake, and why none better.
 
-    `chosen` is what `choose` returned: the C++ kernels only compute what they can, and ATen the rest.
+    `chosen` is what `choose` returned. Kernels only compute what they can, and ATen the rest.
     """
-    query, key, value, operands, score = arguments[:5]
-    if chosen == "cpu":
-        why = cpu.why_not(query, key, value, operands, score)
-        return ("aten", why) if why else ("cpu", "")
-    return "aten", build.why_unavailable() if query.device.type == "cpu" else ""
+    query, key, value, operands, score, _, k = arguments[:7]
+    name = chosen or BEST.get(query.device.type, "aten")
+    if name == "aten":
+        return "aten", ""
+    if why := why_not(name, query, key, value, operands, score, k):
+        return "aten", why
+    if not chosen and name == "triton" and (why := _why_dense(key, k)):
+        return "aten", why
+    return name, ""
 
 
-def pays(
-    kind: str, shape: tuple[Any, ...] | None, keep: Keep, device: str | None = None, lowering: str = "aten"
-) -> bool:
+def why_not(
+    name: str, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str, k: int | torch.SymInt
+) -> str:
+    """Why the kernels of a lowering cannot compute an attention, or ""."""
+    if name == "cpu":
+        return cpu.why_not(query, key, value, operands, score)
+    return triton.why_not(query, key, value, operands, score, k)
+
+
+def _why_dense(key: Tensor, k: int | torch.SymInt) -> str:
+    keys = key.size(-2)
+    if isinstance(k, int) and isinstance(keys, int) and 2 * k > keys:
+        return f"{min(k, keys)} of {keys} keys are kept: dense products take less time than kernels that select"
+    return ""
+
+
+def pays(kind: str, shape: tuple[Any, ...] | None, keep: Keep, device: str | None = None, lowering: str = "") -> bool:
     """Whether a lowering would beat the dense form on a site whose scores have a shape.
 
     ATen does not: its products are the dense form's, and the selection comes on top (measured: 2 to 6 times the time of
     SDPA from 1,024 to 16,384 keys). What it saves is memory, and that is asked for by giving k.
     """
-    if kind != "attention" or lowering != "cpu" or device != "cpu" or shape is None:
+    best = BEST.get(device or "", "aten")
+    if kind != "attention" or shape is None or best == "aten" or lowering not in ("", best):
+        return False
+    if _why_unavailable(best, device or ""):
         return False
     keys = shape[-1]
-    return isinstance(keys, int) and keys >= FEWEST_KEYS and kept_count(keep, keys) * KEPT_SHARE <= keys
+    return isinstance(keys, int) and keys >= FEWEST_KEYS[best] and kept_count(keep, keys) * KEPT_SHARE[best] <= keys
+
+
+def _why_unavailable(name: str, device: str) -> str:
+    """Why no kernel of a lowering can run here, whatever it would compute, or ""."""
+    if name == "cpu":
+        return cpu.why_unavailable()
+    return triton.why_unavailable(device) if name == "triton" else ""

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from topk_fx.errors import LoweringUnavailableError
 
-from . import aten, cpu
+from . import aten, cpu, triton
+from .choice import lowering_of
+
+_LOWERINGS = {"aten": aten, "cpu": cpu, "triton": triton}
 
 
 def attention_forward(
@@ -26,7 +29,7 @@ def attention_forward(
     lowering: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, indices and weights, as `aten.attention_forward`."""
-    chosen = _choose(lowering, query, key, value, operands, score)
+    chosen = _choose(lowering, query, key, value, operands, score, k)
     return chosen.attention_forward(
         query, key, value, operands, score, scale, k, dropout_keep, dropout_p, zero_empty_rows
     )
@@ -47,16 +50,16 @@ def attention_backward(
     lowering: str = "",
 ) -> list[Tensor]:
     """The gradients, as `aten.attention_backward`."""
-    chosen = _choose(lowering, query, key, value, operands, score)
+    chosen = _choose(lowering, query, key, value, operands, score, indices.size(-1))
     return chosen.attention_backward(
         grad, query, key, value, operands, score, scale, indices, weights, dropout_p, operand_needs_grad
     )
 
 
-def _choose(lowering: str, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str) -> Any:
-    if lowering == "aten":
-        return aten
-    why = cpu.why_not(query, key, value, operands, score)
-    if why and lowering == "cpu":
-        raise LoweringUnavailableError(f"lowering='cpu' cannot run: {why}")
-    return aten if why else cpu
+def _choose(
+    lowering: str, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str, k: int
+) -> Any:
+    name, why = lowering_of(lowering, (query, key, value, operands, score, None, k))
+    if lowering not in ("", name):
+        raise LoweringUnavailableError(f"lowering={lowering!r} cannot run: {why}")
+    return _LOWERINGS[name]

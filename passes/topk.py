@@ -38,8 +38,9 @@ _INDEX_BYTES = _WEIGHT_BYTES = 4
 class TopKPass:
     """Rewrites attention and FFN sites of a GraphModule, in place, to top-k ops.
 
-    `lowering` is the name of what will compute them where it can, `pays` tells whether it would beat the dense form on
-    a device, and `lowering_of` names what will compute an attention with given arguments, and why it is no better one.
+    `lowering` is the name of what is to compute them, "" if their tensors decide; `pays` tells whether it would beat
+    the dense form on a device, and `lowering_of` names what will compute an attention with given arguments, and why it
+    is no better one.
     """
 
     config: TopKConfig
@@ -134,7 +135,7 @@ class TopKPass:
         """What will compute an op, as far as tracing recorded its tensors; and why it is no better one."""
         arguments: Any = fx.node.map_arg(op.args, value_of)
         if self.lowering_of is None or any(x is None for x in (*arguments[:3], *arguments[3])):
-            return self.lowering, ""
+            return self.lowering or "by what its tensors are", ""
         name, detail = self.lowering_of(self.lowering, arguments)
         if self.config.lowering not in (None, name):
             raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")

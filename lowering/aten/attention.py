@@ -189,10 +189,11 @@ def attention_backward(
     dropout_p: float,
     operand_needs_grad: Sequence[bool],
     sparse_products: SparseProductsOf = BagProducts,
+    kept_budget: int = KEPT_BUDGET,
 ) -> list[Tensor]:
     """The gradients of query, key, value and of the operands that need one, each in its tensor's shape and dtype.
 
-    Works on as many batch elements or heads at a time as KEPT_BUDGET allows; `sparse_products` computes the products
+    Works on as many batch elements or heads at a time as `kept_budget` allows; `sparse_products` computes the products
     with the sparse matrix of the kept keys.
     """
     dtype = weights.dtype
@@ -207,7 +208,7 @@ def attention_backward(
             *(x.to(y.dtype) for x, y in zip(sums, operands, strict=True) if x is not None),
         ]
     function = Score.parse(score)
-    for batch, heads in _head_groups(key.size(1), value.size(1), weights):
+    for batch, heads in _head_groups(key.size(1), value.size(1), weights, kept_budget):
 
         def part(x: Tensor, batch: slice = batch, heads: slice = heads) -> Tensor:
             return _narrow(x, batch, heads, weights.size(1))
@@ -231,13 +232,13 @@ def attention_backward(
     return [*grads, *(x.to(y.dtype) for x, y in zip(sums, operands, strict=True) if x is not None)]
 
 
-def _head_groups(key_heads: int, value_heads: int, weights: Tensor) -> Iterator[tuple[slice, slice]]:
+def _head_groups(key_heads: int, value_heads: int, weights: Tensor, budget: int) -> Iterator[tuple[slice, slice]]:
     """Slices of the batch and of the query heads, each with whole groups of grouped heads."""
     batch, heads, queries, kept = weights.shape
     group = heads // key_heads if key_heads == value_heads else heads
     size = max(1, queries * kept)
-    batch_count = max(1, KEPT_BUDGET // (heads * size))
-    head_count = min(heads, max(1, KEPT_BUDGET // (group * size)) * group)
+    batch_count = max(1, budget // (heads * size))
+    head_count = min(heads, max(1, budget // (group * size)) * group)
     for start in range(0, batch, batch_count):
         for head in range(0, heads, head_count):
             yield slice(start, min(start + batch_count, batch)), slice(head, min(head + head_count, heads))

@@ -1,0 +1,144 @@
+"""The Triton kernels of attention, in Triton's interpreter: selection, weights, output and gradients."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import numpy
+import pytest
+import torch
+from topk_fx.lowering import triton
+from topk_fx.lowering.triton import availability
+from topk_fx.lowering.triton.score_code import NoCodeError, OperandKind, source_of, without_causal_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_cases import CASES, check
+
+import topk_fx
+from topk_fx import lowering
+from topk_fx.errors import LoweringUnavailableError
+from topk_fx.score import Score
+
+
+def why_not_interpreted() -> str:
+    if not availability.is_interpreted():
+        return "TRITON_INTERPRET is not 1"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(map(int, version.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of triton {version} needs numpy < 2.4"
+    return ""
+
+
+needs_interpreter = pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_agree_with_the_definition(case):
+    check(case)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("score", ["causal", "mul(0.5) causal"])
+def test_deterministic_gradients_are_the_same_sums_in_a_fixed_order(score):
+    query, key, value, grad = (torch.randn(1, heads, 20, 16) for heads in (4, 2, 2, 4))
+    _, indices, weights = triton.attention_forward(query, key, value, [], score, 0.25, 5, None, 0.0, False)
+    arguments = (grad, query, key, value, [], score, 0.25, indices, weights, 0.0, [])
+    fast = triton.attention_backward(*arguments)
+    torch.use_deterministic_algorithms(True)
+    try:
+        ordered = triton.attention_backward(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(ordered, fast, rtol=1e-5, atol=1e-6)
+
+
+@needs_interpreter
+def test_nan_in_a_key_makes_its_rows_nan_and_no_other():
+    query, key, value = (torch.randn(1, 1, 18, 16) for _ in range(3))
+    key[0, 0, 7, 3] = torch.nan
+    output, *_ = triton.attention_forward(query, key, value, [], "causal", 0.25, 4, None, 0.0, False)
+    assert output[:, :, 7:].isnan().all()
+    assert not output[:, :, :7].isnan().any()
+
+
+@needs_interpreter
+def test_values_that_are_not_kept_may_be_infinite_or_nan():
+    query, key, value = (torch.randn(1, 1, 18, 16) for _ in range(3))
+    _, indices, _ = triton.attention_forward(query, key, value, [], "", 0.25, 2, None, 0.0, False)
+    dropped = sorted({*range(18)} - {*indices.flatten().tolist()})
+    value[:, :, dropped] = torch.inf
+    output, *_ = triton.attention_forward(query, key, value, [], "", 0.25, 2, None, 0.0, False)
+    assert dropped
+    assert output.isfinite().all()
+
+
+@needs_interpreter
+def test_op_runs_them_where_it_names_them():
+    query = torch.randn(1, 1, 18, 16, requires_grad=True)
+    output = torch.ops.topk_fx.attention(query, query, query, [], "causal", 0.25, 3, lowering="triton")
+    expected = topk_fx.reference.attention(query, query, query, k=3, scale=0.25, is_causal=True)
+    torch.testing.assert_close(output, expected)
+    (found,) = torch.autograd.grad(output.sum(), query)
+    (wanted,) = torch.autograd.grad(expected.sum(), query)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@needs_interpreter
+def test_compiled_model_runs_them_and_the_report_says_so():
+    def model(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    x = torch.randn(1, 1, 18, 16)
+    compiled = torch.compile(model, backend="topk", options={"k": 3, "lowering": "triton"})
+    torch.testing.assert_close(compiled(x), topk_fx.reference.attention(x, x, x, k=3, is_causal=True))
+    assert [site.lowering for site in topk_fx.reports()[-1].sites] == ["triton"]
+
+
+def test_tensors_of_a_gpu_get_them_and_a_reason_where_not():
+    with FakeTensorMode():
+        x, short = (torch.empty(1, 8, length, 64, dtype=torch.bfloat16, device="cuda") for length in (4096, 100))
+        rest = ([], "causal", 0.25)
+        why = availability.why_unavailable("cuda")
+        dense = "64 of 100 keys are kept: dense products take less time than kernels that select"
+        assert lowering.lowering_of("", (x, x, x, *rest, 64)) == (("aten", why) if why else ("triton", ""))
+        assert lowering.lowering_of("", (x, short, short, *rest, 64)) == ("aten", why or dense)
+        assert "2,000 keys are kept; there are kernels for 1,024" in triton.why_not(x, x, x, [], "causal", 2000)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "query has dtype torch.float64"),
+        ({"depth": 200}, "query has head size 200 and dtype torch.float32; there are kernels for 1 to 128"),
+        ({"score": "elu(1.0)"}, "has no Triton: the operation elu"),
+    ],
+)
+def test_forced_kernels_that_cannot_run_are_an_error_that_says_why(change, reason):
+    if why := availability.why_unavailable("cpu"):
+        pytest.skip(why)
+    query = torch.randn(1, 1, 8, change.get("depth", 16), dtype=change.get("dtype", torch.float32))
+    with pytest.raises(LoweringUnavailableError, match=f"lowering='triton' cannot run: .*{reason}"):
+        torch.ops.topk_fx.attention(query, query, query, [], change.get("score", ""), 1.0, 3, lowering="triton")
+
+
+def test_masks_that_hold_before_the_diagonal_are_left_out_there():
+    program = Score.parse("mul(2.0) keep(and(le(j, i), $0), -inf)").before
+    kinds = (OperandKind(torch.bool, False, True),)
+    past = source_of(without_causal_mask(program), kinds)
+    assert "j <= i" in source_of(program, kinds)
+    assert "j <= i" not in past
+    assert "tl.where(x0, " in past
+    assert source_of(without_causal_mask(Score.parse("causal").before), ()).endswith("    return s\n")
+
+
+def test_half_precision_steps_are_rounded_as_aten_rounds_them():
+    text = source_of(Score.parse("add(mul($0, 0.5))").before, (OperandKind(torch.bfloat16, True, True),))
+    assert "(x0 * 0.5)).to(tl.bfloat16).to(tl.float32)" in text
+
+
+def test_operation_without_code_is_named():
+    with pytest.raises(NoCodeError, match="the operation nan_to_num"):
+        source_of(Score.parse("nan_to_num(0.0, 0.0, 0.0)").before, ())

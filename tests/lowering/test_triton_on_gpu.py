@@ -1,0 +1,97 @@
+"""The Triton kernels on a GPU: the definition, races, CUDA graphs, and whole compiled models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from topk_fx.lowering import triton
+from topk_fx.lowering.triton.availability import is_interpreted
+from torch import nn
+from triton_cases import CASES, check, inputs_of
+
+import topk_fx
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(is_interpreted(), reason="kernels are interpreted: run with TRITON_INTERPRET=0"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_agree_with_the_definition(case):
+    for seed in range(3):
+        check(case, "cuda", seed)
+
+
+@pytest.mark.parametrize("case", CASES[:8:3], ids=str)
+def test_repeated_calls_give_the_same_bits(case):
+    x = inputs_of(case, "cuda")
+    arguments = (x.query, x.key, x.value, x.operands, case.score, case.scale, x.k, None, 0.0, False)
+    first = triton.attention_forward(*arguments)
+    for _ in range(20):
+        assert all(a.equal(b) for a, b in zip(triton.attention_forward(*arguments), first, strict=True))
+
+
+def test_deterministic_gradients_have_the_same_bits_each_time():
+    x = inputs_of(CASES[1], "cuda")
+    query = x.query.requires_grad_()
+
+    def gradient():
+        output = topk_fx.attention(query, x.key, x.value, k=x.k, is_causal=True)
+        return torch.autograd.grad(output, query, x.grad)[0]
+
+    fast = gradient()
+    torch.use_deterministic_algorithms(True)
+    try:
+        ordered = [gradient() for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(g.equal(ordered[0]) for g in ordered)
+    torch.testing.assert_close(ordered[0], fast, rtol=1e-4, atol=1e-4)
+
+
+class Block(nn.Module):
+    """Self-attention with a residual."""
+
+    def __init__(self, heads: int = 4, depth: int = 64) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(heads * depth, 3 * heads * depth)
+
+    def forward(self, x):
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.project(x).chunk(3, -1)
+        )
+        return x + F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_model_trains_and_keeps_every_key_or_the_largest(mode, dtype):
+    model = Block().to("cuda", dtype)
+    x = torch.randn(2, 700, 256, device="cuda", dtype=dtype)
+    expected = torch.autograd.grad(model(x).float().square().sum(), list(model.parameters()))
+    compiled = torch.compile(
+        model, backend="topk", mode=mode, options=None if mode else {"k": 700, "lowering": "triton"}
+    )
+    if mode:
+        compiled = torch.compile(model, backend="topk", options={"k": 700, "lowering": "triton", "mode": mode})
+    for _ in range(3):  # with CUDA graphs: warm up, record, replay
+        found = torch.autograd.grad(compiled(x).float().square().sum(), list(model.parameters()))
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() / b.norm() < tolerance
+    assert [site.lowering for site in topk_fx.reports()[-1].sites] == ["triton"]
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length():
+    rises = []
+    for length in (8192, 16384):
+        query, key, value = (torch.randn(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        topk_fx.attention(query, key, value, k=64, is_causal=True)
+        rises.append(torch.cuda.max_memory_allocated() - before)
+    assert rises[1] < 2.8 * rises[0]  # marks take a bit for each query and key
