@@ -1,6 +1,6 @@
 """SmolLM2-135M under torch.compile(backend="topk"): what is rewritten, and what that does to quality, time and memory.
 
-    make demo                                           everything; a quarter of an hour on two cores
+    make demo                                           everything; under ten minutes on two cores
     python examples/demo.py --skip-timing --k 32 16     quality alone, for other values of k
 
 Prints the rewrite report; perplexity, accuracy and agreement with the dense model; then time and peak memory of a

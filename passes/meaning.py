@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -86,22 +87,25 @@ class Meaning:
 
         `layouts[n]` is where the scores stand after n moves.
         """
-        return tuple(self._step(step, layouts) for step in steps)
+        return tuple(found for step in steps if (found := self._step(step, layouts)) is not None)
 
-    def _step(self, step: ScoreStep, layouts: Sequence[Layout]) -> ScoreStep:
-        arguments = []
+    def _step(self, step: ScoreStep, layouts: Sequence[Layout]) -> ScoreStep | None:
+        """None for the mask of SDPA that keeps every key."""
+        arguments: list[Any] = []
         for argument in step.arguments:
             if isinstance(argument, Term) and isinstance(argument.node, fx.Node):
-                argument = self._term(argument, frame_at(layouts, argument.stage))
+                argument = self._term(argument, frame_at(layouts, argument.stage), step.name == "mask")
             elif isinstance(argument, StagedStretch):
                 argument = self._stretch(argument.stretch, frame_at(layouts, argument.stage))
             arguments.append(argument)
+        if step.name == "mask" and arguments[0] is True:
+            return None
         if step.name == "mask" and isinstance(arguments[0], Call):
             is_boolean = dtype_of(step.arguments[0].node) == torch.bool
             return ScoreStep("keep", (arguments[0], float("-inf"))) if is_boolean else ScoreStep("add", (arguments[0],))
         return dataclasses.replace(step, arguments=tuple(arguments))
 
-    def _term(self, term: Term, frame: Frame | None) -> Expression:
+    def _term(self, term: Term, frame: Frame | None, may_be_true: bool) -> Expression:
         shape = shape_of(term.node)
         if frame is None or shape is None or (term.order, term.shape) != (None, None) or len(shape) > frame.rank:
             return term
@@ -112,7 +116,7 @@ class Meaning:
             found = reader.read(term.node)
         except NotReadable:
             return term
-        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        is_number = isinstance(found, (int, float)) and (not isinstance(found, bool) or (may_be_true and found))
         if not (is_number or isinstance(found, (Call, Term))) or not self._may_replay(reader, term.node):
             return term
         self.replayed |= reader.replayed

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from topk_fx.compat import is_wrapped
+
 from .dialect import Kind, read
 
 
@@ -161,11 +163,11 @@ def _has_own_storage(node: fx.Node) -> bool:
 
 
 def _storages(node: fx.Node) -> set[int] | None:
-    """The storages of the tensors that tracing recorded as a node's value; None if it recorded none."""
+    """The storages of the tensors that tracing recorded as a node's value; None if it recorded none, or none to see."""
     value = node.meta.get("val", node.meta.get("example_value"))
     if value is None:
         return None
     tensors = [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
-    if any(x.layout != torch.strided for x in tensors):
+    if any(x.layout != torch.strided or is_wrapped(x) for x in tensors):
         return None
     return {x.untyped_storage()._cdata for x in tensors}

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from topk_fx.compat import is_mapped
 from topk_fx.config import Keep, TopKConfig, kept_count
 from topk_fx.errors import LoweringUnavailableError, ValidationError
 from topk_fx.report import RewriteReport
@@ -114,9 +115,8 @@ class TopKPass:
         where = module_path(site.anchor)
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
-        refusal = judge_attention(
-            site, config, self.pays("attention", site.scores_shape, config.k, _device(site.output))
-        )
+        pays = self.pays("attention", site.scores_shape, config.k, _device(site.output))
+        refusal = _refuse_mapped(site.output) or judge_attention(site, config, pays)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
@@ -145,7 +145,8 @@ class TopKPass:
         where = owner_path(site.products)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
-        refusal = judge_ffn(site, config, self.pays("ffn", site.tokens_shape, ffn_keep(config), _device(site.output)))
+        pays = self.pays("ffn", site.tokens_shape, ffn_keep(config), _device(site.output))
+        refusal = _refuse_mapped(site.output) or judge_ffn(site, config, pays)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
@@ -187,6 +188,14 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
             return Refusal("opaque_call", why_closed(node), node)
     softmax = read_softmax(call)
     return None if softmax is None else find_attention(softmax, order)
+
+
+def _refuse_mapped(node: fx.Node) -> Refusal | None:
+    """Inside torch.vmap, tracing recorded values of one sample, which nothing can be computed from outside of it."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or not is_mapped(value):
+        return None
+    return Refusal("inside_vmap", f"{node.name} is computed under torch.vmap: write the batch as an axis", node)
 
 
 def _device(node: fx.Node) -> str | None:

@@ -95,6 +95,20 @@ def real_tensors() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one level of a transform of torch.func, which shows no storage."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one sample of those that torch.vmap maps, at any level of the transforms around it."""
+    while is_wrapped(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
 def hint_of(number: Any) -> Any:
     """The value with which a symbolic number was traced, without a guard on it; None if it has none."""
     if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):

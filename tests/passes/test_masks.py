@@ -101,6 +101,13 @@ def prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) | (j < 3), scale=1.0)
 
 
+@becomes("")
+def every_key_of_every_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """transformers, for models without a mask, where torch 2.11 traces them."""
+    mask = (torch.arange(LQ)[:, None] >= 0).expand(B, 1, LQ, LK)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
 @becomes("keep(and(le(j, i), $0), -inf)")
 def causal_and_padding(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     i, j = positions()

@@ -380,6 +380,6 @@ def test_storage_roots_lead_through_views_and_stop_at_fresh_results() -> None:
         return view, written, torch.matmul(x, y)
 
     graph = fx.Tracer().trace(function)
-    output = next(reversed(graph.nodes))
+    output = next(iter(reversed(graph.nodes)))
     roots = [{node.name for node in storage_roots(x)} for x in output.args[0]]
     assert roots == [{"x"}, {"add"}, {"matmul"}]

@@ -313,6 +313,16 @@ def sdpa_of_sequences_of_several_lengths(q: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, NESTED, NESTED, scale=1.0)
 
 
+@refused("inside_vmap")
+def mapped_over_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.vmap(lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(-1) @ v)(q, k, v)
+
+
+@refused("inside_vmap")
+def sdpa_mapped_over_masks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.vmap(lambda bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias))(bias)
+
+
 @refused("opaque_call", symbolic=True)
 def multi_head_attention(x: Tensor, packed: Tensor, packed_bias: Tensor, output: Tensor) -> Tensor:
     return F.multi_head_attention_forward(
@@ -337,6 +347,11 @@ class CallsAttentionModule(nn.Module):
 def hidden_units_returned(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     hidden = F.relu(F.linear(x, up))
     return F.linear(hidden, down), hidden
+
+
+@refused("inside_vmap")
+def ffn_mapped_over_tokens(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return torch.vmap(lambda x: F.linear(F.relu(F.linear(x, up)), down))(x)
 
 
 @refused("mixed_dtypes")
