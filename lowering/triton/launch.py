@@ -33,9 +33,6 @@ DECODE_ROWS = 16
 DECODE_PROGRAMS = 2
 """The keys are split over so many programs for each multiprocessor."""
 
-DECODE_STRETCH = 2048
-"""Scores that the selection reads at a time."""
-
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -189,10 +186,13 @@ class _Forward:
         batch, heads, queries, depth = self.query.shape
         key_heads, keys = self.key.shape[1:3]
         rows = batch * heads * queries
-        tile, stretch = (32, 64) if is_interpreted() else (64, DECODE_STRETCH)
+        # Few rows finish sooner with many warps each; many hide each other's latency.
+        is_few = rows <= 2 * _multiprocessors(self.query.device)
+        warps, stretch = (8, 2048) if is_few else (max(2, self._capacity // 512), 1024)
+        tile, stretch = (32, 64) if is_interpreted() else (64, stretch)
         tiles = -(-keys // tile)
+        warps = max(warps, min(16, _power_of_two(tiles) // 1024))  # the maxima of all tiles are held at once
         longest = _power_of_two(self.kept + stretch)
-        warps = 8 if rows <= 2 * _multiprocessors(self.query.device) else 2  # many rows hide each other's latency
         scores, maxima = self._scratch(torch.float32, rows, keys), self._scratch(torch.float32, rows, tiles)
         read, lists = self._scratch(torch.int32, rows, tiles), self._scratch(torch.int32, rows, longest)
         list_scores = self._scratch(torch.float32, rows, longest)
@@ -206,7 +206,8 @@ class _Forward:
         )  # fmt: skip
         attend_to_scores[(rows,)](
             scores, maxima, read, lists, list_scores, heads, queries, keys, *self._scoring[1:], *self._finishing,
-            BN=tile, N=_power_of_two(tiles), STRETCH=stretch, LONGEST=longest, **self._finishing_constants(warps), num_warps=warps,
+            BN=tile, N=_power_of_two(tiles), STRETCH=stretch, LONGEST=longest, **self._finishing_constants(warps),
+            num_warps=warps,
         )  # fmt: skip
 
     @functools.cached_property
