@@ -119,12 +119,15 @@ class Row:
 def run_benchmarks(folder: Path) -> bool:
     """bfloat16, 32 heads, D 128, causal. "x1.50": the rival takes half as long again."""
     print("\nBenchmarks: bfloat16, 32 heads, D 128; decoding without, the others with a causal mask", flush=True)
-    rows = []
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"gpu_{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
+    rows: list[Row] = []
     start = time.perf_counter()
 
     def add(row: Row) -> None:
         rows.append(row)
         print(f"[{time.perf_counter() - start:4.0f} s] {row}", flush=True)
+        write_figures(rows, path)
 
     for batch, key_heads in ((1, 32), (1, 8), (16, 8)):
         for length in (4096, 16384, 65536, 131072):
@@ -140,8 +143,11 @@ def run_benchmarks(folder: Path) -> bool:
         add(training(length, 64))
     for k in (32, 128, 256):
         add(training(16384, k))
-    folder.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name().replace(" ", "_").lower()
+    print(f"Figures: {path}")
+    return True
+
+
+def write_figures(rows: Sequence[Row], path: Path) -> None:
     facts = {
         "command": "python examples/gpu_check.py",
         "device": torch.cuda.get_device_name(),
@@ -150,10 +156,7 @@ def run_benchmarks(folder: Path) -> bool:
         "setting": run_benchmarks.__doc__,
     }
     table = [json.dumps(dataclasses.asdict(row)) for row in rows]
-    path = folder / f"gpu_{name}.json"
     path.write_text(json.dumps(facts, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(table) + "\n ]\n}\n")
-    print(f"Figures: {path}")
-    return True
 
 
 def forward(length: int, k: int) -> Row:

@@ -30,7 +30,7 @@ than the further candidates cost."""
 DECODE_ROWS = 16
 """Up to so many queries to a head of K, all scores are written and K is read once."""
 
-DECODE_PROGRAMS = 2
+DECODE_PROGRAMS = 4
 """The keys are split over so many programs for each multiprocessor."""
 
 
