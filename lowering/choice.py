@@ -12,6 +12,8 @@ from topk_fx.config import Keep, TopKConfig, kept_count
 from topk_fx.errors import LoweringUnavailableError
 
 from . import cpu, triton
+from .cpu import build
+from .triton import availability
 
 AVAILABLE = ("aten", "cpu", "triton")
 
@@ -86,5 +88,5 @@ def pays(kind: str, shape: tuple[Any, ...] | None, keep: Keep, device: str | Non
 def _why_unavailable(name: str, device: str) -> str:
     """Why no kernel of a lowering can run here, whatever it would compute, or ""."""
     if name == "cpu":
-        return cpu.why_unavailable()
-    return triton.why_unavailable(device) if name == "triton" else ""
+        return build.why_unavailable()
+    return availability.why_unavailable(device) if name == "triton" else ""

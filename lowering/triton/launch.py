@@ -30,6 +30,9 @@ than the further candidates cost."""
 DECODE_ROWS = 16
 """Up to so many queries to a head of K, all scores are written and K is read once."""
 
+_ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+"""Keeps NVIDIA's assembler from spilling a few to run more warps at a time; AMD's knows no such option."""
+
 DECODE_PROGRAMS = 4
 """The keys are split over so many programs for each multiprocessor."""
 
@@ -51,9 +54,9 @@ class BlockSizes:
         if is_interpreted():
             return cls(16, 32, 32, 4, 1)
         if query.dtype == torch.float32:
-            return cls(32, 64, 64, 4, 2) if columns <= 64 else cls(16, 64, 64, 4, 2)
-        if columns <= 128:
-            return cls(64, 128, 64, 4, 3)
+            return cls(16, 64, 64, 4, 2)
+        if columns <= 128:  # AMD's compute units have 64 KiB of shared memory
+            return cls(64, 64, 64, 4, 2) if torch.version.hip else cls(64, 128, 64, 4, 3)
         return cls(64, 64, 64, 8, 2) if columns <= 256 else cls(64, 32, 32, 8, 2)
 
 
@@ -82,9 +85,10 @@ def attention_forward(
     weights = query.new_empty(batch, heads, queries, kept, dtype=torch.float32)
     if 0 in (output.numel(), weights.numel()):
         return output.zero_(), indices.zero_(), weights.zero_()
+    query, key, value = map(_with_dense_rows, (query, key, value))
     call = _Forward(
-        *map(_with_dense_rows, (query, key, value)), Score.parse(score), tuple(operands), float(scale), kept,
-        dropout_keep, dropout_p, zero_empty_rows, output, indices, weights,
+        query, key, value, Score.parse(score), tuple(operands), float(scale), kept, dropout_keep, dropout_p,
+        zero_empty_rows, output, indices, weights,
     )  # fmt: skip
     with _device_of(query):
         if queries * (heads // key.size(1)) <= DECODE_ROWS:
@@ -113,9 +117,9 @@ class _Forward:
     weights: Tensor
 
     def prefill(self) -> None:
-        from .bound import group_maxima, thresholds
-        from .collect import list_marked, mark, recollect
-        from .finish import attend
+        from .kernels.bound import group_maxima, thresholds
+        from .kernels.collect import list_marked, mark, recollect
+        from .kernels.finish import attend
 
         size = BlockSizes.of(self.query)
         batch, heads, queries, depth = self.query.shape
@@ -137,7 +141,7 @@ class _Forward:
         is_causal = self.function.is_causal
         tiles = {
             "score": score, "score_of_past": score_of_past, "CAUSAL": is_causal, "D": depth,
-            "BD": _power_of_two(depth, 16), "BM": size.queries, "BN": size.keys, "DOT": _dot_dtype(self.query),
+            "BD": _power_of_two(depth, 16), "BM": size.queries, "BN": size.keys, **_dot_of(self.query),
             "STAGES": size.stages, "num_warps": size.warps,
         }  # fmt: skip
         for first_block in range(0, blocks, at_once):
@@ -145,13 +149,7 @@ class _Forward:
             place = (first_block, blocks_a_head)
             described = (*self._strides_of_scores, *place, *self._lengths, *self._scoring)
             group_maxima[(count,)](
-                self.query,
-                self.key,
-                maxima,
-                *described,
-                parts,
-                STEP=step,
-                **tiles | {"BN": size.bound_keys},
+                self.query, self.key, maxima, *described, parts, STEP=step, **tiles | {"BN": size.bound_keys}
             )
             thresholds[(count * size.queries,)](
                 maxima, threshold, groups, self.kept, N=_power_of_two(groups), num_warps=1 if groups <= 1024 else 4
@@ -162,17 +160,9 @@ class _Forward:
                 CAPACITY=capacity, BLOCK=min(128, _power_of_two(row_words, 32)), num_warps=1,
             )  # fmt: skip
             recollect[(count,)](
-                self.query,
-                self.key,
-                threshold,
-                lists,
-                scores,
-                counts,
-                *described,
-                self.kept,
-                CAPACITY=capacity,
-                **tiles,
-            )
+                self.query, self.key, threshold, lists, scores, counts, *described, self.kept, CAPACITY=capacity,
+                **tiles | {"num_warps": 8}, **_ALL_REGISTERS,
+            )  # fmt: skip
             warps = max(1, capacity // 512)
             attend[(count * size.queries,)](
                 self.query, self.key, lists, scores, counts, *described, *self._finishing, score=score, D=depth,
@@ -181,7 +171,7 @@ class _Forward:
             )  # fmt: skip
 
     def decode(self) -> None:
-        from .decode import attend_to_scores, row_scores
+        from .kernels.decode import attend_to_scores, row_scores
 
         batch, heads, queries, depth = self.query.shape
         key_heads, keys = self.key.shape[1:3]
@@ -202,7 +192,7 @@ class _Forward:
         row_scores[(-(-tiles // tiles_a_program), batch * key_heads)](
             self.query, self.key, scores, maxima, *self._strides_of_scores, *self._lengths, *self._scoring,
             tiles_a_program, score=self._score_functions[0], D=depth, BD=_power_of_two(depth, 16), BM=DECODE_ROWS,
-            BN=tile, DOT=_dot_dtype(self.query), STAGES=2, num_warps=4,
+            BN=tile, **_dot_of(self.query), STAGES=2, num_warps=4,
         )  # fmt: skip
         attend_to_scores[(rows,)](
             scores, maxima, read, lists, list_scores, heads, queries, keys, *self._scoring[1:], *self._finishing,
@@ -293,7 +283,7 @@ def attention_backward(
             grad, query, key, value, operands, score, scale, indices, weights, dropout_p, operand_needs_grad,
             sparse_products=TritonProducts, kept_budget=KEPT_BUDGET,
         )  # fmt: skip
-    from .backward import gradients
+    from .kernels.backward import gradients
 
     grad, query, key, value = map(_with_dense_rows, (grad, query, key, value))
     batch, heads, queries, depth = query.shape
@@ -344,7 +334,7 @@ class TritonProducts:
         self.indices, self.keys = indices.contiguous(), _with_dense_rows(keys)
 
     def dot_products(self, rows: Tensor) -> Tensor:
-        from .backward import dot_products
+        from .kernels.backward import dot_products
 
         rows, products = _with_dense_rows(rows), self.indices.new_empty(self.indices.shape, dtype=torch.float32)
         with _device_of(rows):
@@ -355,7 +345,7 @@ class TritonProducts:
         return products
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        from .backward import weighted_sum
+        from .kernels.backward import weighted_sum
 
         result = self.keys.new_empty(*self.indices.shape[:-1], self.keys.size(-1))
         with _device_of(result):
@@ -366,7 +356,7 @@ class TritonProducts:
         return result
 
     def scatter_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
-        from .backward import scatter_rows, sum_of_rows
+        from .kernels.backward import scatter_rows, sum_of_rows
 
         rows, weights = _with_dense_rows(rows), weights.contiguous()
         kept = self.indices.size(-1)
@@ -412,7 +402,7 @@ class TritonProducts:
 
 
 def _score_function(program: Program, function: Score, operands: Sequence[Tensor]) -> Any:
-    from .scores import unchanged
+    from .kernels.scores import unchanged
 
     return function_of(program, operand_kinds(function, operands)) if program else unchanged
 
@@ -443,13 +433,16 @@ def _operand_strides(x: Tensor, is_table: bool) -> tuple[int, ...]:
     return batch, head, x.size(-1) if is_table else query, key
 
 
-def _dot_dtype(query: Tensor) -> Any:
-    """In which products are made. Triton's interpreter multiplies the bits of bfloat16."""
+def _dot_of(query: Tensor) -> dict[str, Any]:
+    """In which dtype products are made, and how: float32's in three products of its parts where there is such a thing.
+
+    Triton's interpreter multiplies the bits of bfloat16, so float32 it is there.
+    """
     import triton.language as tl
 
     if query.dtype == torch.float32 or is_interpreted():
-        return tl.float32
-    return tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float16
+        return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32x3"}
+    return {"DOT": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float16, "PRECISION": "ieee"}
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def function_of(program: Program, kinds: tuple[OperandKind, ...]) -> Any:
     import triton
     import triton.language as tl
 
-    from .scores import tanh
+    from .kernels.scores import tanh
 
     source = source_of(program, kinds)
     # Triton tells functions by their names: two that a kernel calls must not share one.

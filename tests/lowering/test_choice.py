@@ -6,6 +6,7 @@ import pytest
 import torch
 from topk_fx.lowering.choice import AVAILABLE
 from topk_fx.lowering.cpu import build
+from topk_fx.lowering.triton import availability
 
 import topk_fx
 from topk_fx import TopKConfig, lowering
@@ -14,14 +15,15 @@ from topk_fx.errors import LoweringUnavailableError, TopKError
 
 
 def test_best_of_a_processor_is_chosen_where_nothing_is_asked_for():
-    assert lowering.choose(TopKConfig()) == "cpu"
+    query = torch.randn(1, 1, 8, 4)
+    assert lowering.choose(TopKConfig()) == ""
+    assert lowering.lowering_of("", (query, query, query, [], "", 1.0, 3)) == ("cpu", "")
 
 
 def test_without_a_compiler_aten_computes_and_the_report_says_why(monkeypatch):
     monkeypatch.setattr(build, "why_unavailable", lambda: "no C++ compiler")
     query = torch.randn(1, 1, 8, 4)
-    assert lowering.choose(TopKConfig()) == "aten"
-    assert lowering.lowering_of("aten", (query, query, query, [], "")) == ("aten", "no C++ compiler")
+    assert lowering.lowering_of("", (query, query, query, [], "", 1.0, 3)) == ("aten", "no C++ compiler")
     output = torch.ops.topk_fx.attention(query, query, query, [], "", 1.0, 3)
     torch.testing.assert_close(output, topk_fx.reference.attention(query, query, query, k=3, scale=1.0))
     with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: no C\\+\\+ compiler"):
@@ -56,18 +58,31 @@ def test_forced_kernels_that_cannot_compute_a_score_are_an_error_that_names_it()
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
-def test_available_lowering_is_chosen_when_asked_for(name):
+def test_available_lowering_is_chosen_when_asked_for(name, monkeypatch):
+    monkeypatch.setattr(availability, "why_unavailable", lambda device: "")
     assert lowering.choose(TopKConfig(lowering=name)) == name
 
 
-@pytest.mark.parametrize("name", sorted({*LOWERINGS} - {*AVAILABLE}))
-def test_unavailable_lowering_is_an_error_and_no_silent_other(name):
-    message = rf"lowering='{name}' cannot run: .*{name} kernels; available: 'aten'"
+def test_unavailable_lowering_is_an_error_and_no_silent_other(monkeypatch):
+    monkeypatch.setattr(availability, "why_unavailable", lambda device: "there is no GPU")
+    message = "lowering='triton' cannot run: there is no GPU"
     with pytest.raises(LoweringUnavailableError, match=message):
-        lowering.choose(TopKConfig(lowering=name))
+        lowering.choose(TopKConfig(lowering="triton"))
     linear = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
     with pytest.raises(TopKError, match=message):
-        topk_fx.rewrite(linear, lowering=name)
+        topk_fx.rewrite(linear, lowering="triton")
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_lowering_of_every_name_is_known(name):
+    assert name in AVAILABLE
+
+
+@pytest.mark.parametrize(("keys", "keep", "expected"), [(65536, 64, True), (65536, 128, False), (16384, 8, False)])
+def test_triton_pays_where_it_was_measured_to(keys, keep, expected, monkeypatch):
+    monkeypatch.setattr(availability, "why_unavailable", lambda device: "")
+    assert lowering.pays("attention", (1, 32, keys, keys), keep, "cuda") is expected
+    assert not lowering.pays("attention", (1, 32, keys, keys), keep, "cuda", lowering="aten")
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])

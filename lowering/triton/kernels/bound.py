@@ -17,7 +17,7 @@ def group_maxima(
     Q, K, MAXIMA, q_strides, k_strides, first_block, blocks_a_head, heads, group, queries, keys, scale,
     operands, operand_strides, parts, score: tl.constexpr, score_of_past: tl.constexpr, CAUSAL: tl.constexpr,
     STEP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """MAXIMA [rows, parts * BN]: the largest score of each group, -inf of an empty one.
 
@@ -43,12 +43,12 @@ def group_maxima(
         middle = tl.maximum(tl.minimum(last, whole), first)
         largest = tl.full([BM, BN], float("-inf"), tl.float32)
         for n in tl.range(first, middle, STEP * BN, num_stages=STAGES):
-            s = tile_products(q, K, k_strides[2], n, keys, D, BD, BN, DOT, False) * scale
+            s = tile_products(q, K, k_strides[2], n, keys, D, BD, BN, DOT, PRECISION, False) * scale
             j = (n + columns)[None, :]
             s = score_of_past(s, i, j, batch, head, queries, keys, operands, operand_strides)
             largest = tl.maximum(largest, s)
         for n in tl.range(middle, last, BN, num_stages=1):
-            s = tile_products(q, K, k_strides[2], n, keys, D, BD, BN, DOT, True) * scale
+            s = tile_products(q, K, k_strides[2], n, keys, D, BD, BN, DOT, PRECISION, True) * scale
             j = (n + columns)[None, :]
             s = score(s, i, j, batch, head, queries, keys, operands, operand_strides)
             largest = tl.maximum(largest, tl.where(j < keys, s, float("-inf")))

@@ -46,6 +46,7 @@ def tile_products(
     BD: tl.constexpr,
     BN: tl.constexpr,
     DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
     """q [BM, BD] times the keys from `start` on: [BM, BN] in float32. RAGGED: the last of them may not exist."""
@@ -57,7 +58,7 @@ def tile_products(
         k = tl.load(pointers)
     else:
         k = tl.load(pointers, mask=(columns < D)[:, None], other=0.0)
-    return tl.dot(q, k.to(DOT), input_precision="tf32x3")  # which is float32's precision; other dtypes are exact
+    return tl.dot(q, k.to(DOT), input_precision=PRECISION)
 
 
 @triton.jit

@@ -17,11 +17,12 @@ from .selection import LOWEST_KEY, bit_count, take_largest, threshold_above, to_
 @triton.jit
 def mark_tile(
     q, K, stride, n, threshold, i, batch, head, queries, keys, scale, operands, operand_strides, score: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN / 32] words: a bit for each key from n on whose score is at or above the row's threshold, or NaN."""
     columns = tl.arange(0, BN)
-    s = tile_products(q, K, stride, n, keys, D, BD, BN, DOT, RAGGED) * scale
+    s = tile_products(q, K, stride, n, keys, D, BD, BN, DOT, PRECISION, RAGGED) * scale
     j = (n + columns)[None, :]
     s = score(s, i, j, batch, head, queries, keys, operands, operand_strides)
     is_out = s < threshold[:, None]
@@ -35,7 +36,8 @@ def mark_tile(
 def mark(
     Q, K, THRESHOLDS, WORDS, q_strides, k_strides, first_block, blocks_a_head, heads, group, queries, keys, scale,
     operands, operand_strides, row_words, score: tl.constexpr, score_of_past: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """WORDS [rows, row_words]: the marks of the keys that a block sees."""
     batch, head, block = block_position(first_block + tl.program_id(0), blocks_a_head, heads)
@@ -54,13 +56,13 @@ def mark(
     for n in tl.range(0, whole, BN, num_stages=STAGES):
         marks = mark_tile(
             q, K, k_strides[2], n, threshold, i, batch, head, queries, keys, scale, operands, operand_strides,
-            score_of_past, D, BD, BM, BN, DOT, False,
+            score_of_past, D, BD, BM, BN, DOT, PRECISION, False,
         )  # fmt: skip
         tl.store(pointers + n // 32, marks)
     for n in tl.range(whole, seen, BN, num_stages=1):
         marks = mark_tile(
             q, K, k_strides[2], n, threshold, i, batch, head, queries, keys, scale, operands, operand_strides,
-            score, D, BD, BM, BN, DOT, True,
+            score, D, BD, BM, BN, DOT, PRECISION, True,
         )  # fmt: skip
         tl.store(pointers + n // 32, marks)
 
@@ -122,7 +124,7 @@ def recollect(
     Q, K, THRESHOLDS, LISTS, SCORES, COUNTS, q_strides, k_strides, first_block, blocks_a_head, heads, group, queries,
     keys, scale, operands, operand_strides, k, score: tl.constexpr, score_of_past: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAPACITY: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Makes LISTS and COUNTS of a block again if one of its rows has more than CAPACITY, which is at least k + 32.
 
@@ -148,7 +150,7 @@ def recollect(
         for n in tl.range(0, seen, BN, num_stages=1):
             marks = mark_tile(
                 q, K, k_strides[2], n, threshold, i, batch, head, queries, keys, scale, operands, operand_strides,
-                score, D, BD, BM, BN, DOT, True,
+                score, D, BD, BM, BN, DOT, PRECISION, True,
             )  # fmt: skip
             marks = tl.where(i < queries, marks, 0)
             for w in tl.range(0, BN // 32, num_stages=1):

@@ -17,7 +17,7 @@ from .selection import LOWEST_KEY, cut_for, take_largest, threshold_above, thres
 def row_scores(
     Q, K, SCORES, MAXIMA, q_strides, k_strides, heads, group, queries, keys, scale, operands, operand_strides,
     tiles_a_program, score: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """SCORES [B, H, queries, keys] and MAXIMA [B, H, queries, tiles] of all queries that share a head of K.
 
@@ -38,7 +38,7 @@ def row_scores(
     last = tl.minimum(first + tiles_a_program, tiles)
     for tile in tl.range(first, last, num_stages=STAGES):
         n = tile * BN
-        s = tile_products(q, K, k_strides[2], n, keys, D, BD, BN, DOT, True) * scale
+        s = tile_products(q, K, k_strides[2], n, keys, D, BD, BN, DOT, PRECISION, True) * scale
         j = (n + columns)[None, :]
         s = score(s, i, j, batch, head, queries, keys, operands, operand_strides)
         s = tl.where(j < keys, s, float("-inf"))

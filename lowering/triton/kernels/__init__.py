@@ -1,0 +1,1 @@
+"""The Triton kernels, a family a file. Importing one imports Triton."""
