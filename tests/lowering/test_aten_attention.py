@@ -102,7 +102,7 @@ def test_forward_chunk_size_does_not_change_the_result(score, zero_empty_rows, r
 @pytest.mark.parametrize(("key_heads", "value_heads"), [(4, 4), (2, 2), (1, 1), (2, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize("heads_a_part", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_backward_part_size_does_not_change_the_result(heads_a_part, dropout_p, key_heads, value_heads, monkeypatch):
+def test_backward_part_size_does_not_change_the_result(heads_a_part, dropout_p, key_heads, value_heads):
     """Operands that differ by batch, by head, by both or by neither are cut, or summed over, with the parts."""
     query, key, _ = (x.detach() for x in attention_inputs(batch=(3,), heads=4, key_heads=key_heads))
     value = torch.randn(3, value_heads, 11, 5)
@@ -112,14 +112,10 @@ def test_backward_part_size_does_not_change_the_result(heads_a_part, dropout_p, 
     output, indices, weights = aten.attention_forward(query, key, value, operands, score, 0.5, 5, keep, dropout_p, True)
     grad = torch.randn_like(output)
 
-    def run():
-        return aten.attention_backward(
-            grad, query, key, value, operands, score, 0.5, indices, weights, dropout_p, [True] * 4
-        )
-
-    expected = run()
-    monkeypatch.setattr(module, "KEPT_BUDGET", heads_a_part * 9 * 5)
-    for actual, wanted in zip(run(), expected, strict=True):
+    arguments = (grad, query, key, value, operands, score, 0.5, indices, weights, dropout_p, [True] * 4)
+    expected = aten.attention_backward(*arguments)
+    in_parts = aten.attention_backward(*arguments, kept_budget=heads_a_part * 9 * 5)
+    for actual, wanted in zip(in_parts, expected, strict=True):
         assert_near(actual, wanted)
 
 
@@ -183,13 +179,13 @@ def test_backward_of_a_broadcast_operand_makes_no_tensor_of_queries_by_keys():
     assert largest.numel <= LENGTH * 8, largest.op
 
 
-def test_backward_makes_its_temporaries_a_part_at_a_time(monkeypatch):
+def test_backward_makes_its_temporaries_a_part_at_a_time():
     """Of 8 heads with 40 kept keys for each of 64 queries, 2560 entries are one head's; inputs have fewer in all."""
     query, key, value = (x.detach() for x in attention_inputs((2,), 4, 64, 64, head_size=1, value_size=1))
     _, indices, weights = aten.attention_forward(query, key, value, [], "causal", 0.5, 40, None, 0.0, True)
-    monkeypatch.setattr(module, "KEPT_BUDGET", 64 * 40)
+    arguments = (query, query, key, value, [], "causal", 0.5, indices, weights, 0.0, [])
     with LargestTensor() as largest:
-        aten.attention_backward(query, query, key, value, [], "causal", 0.5, indices, weights, 0.0, [])
+        aten.attention_backward(*arguments, kept_budget=64 * 40)
     assert largest.numel == 64 * 40, largest.op
 
 
