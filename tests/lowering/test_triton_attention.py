@@ -9,7 +9,13 @@ import pytest
 import torch
 from topk_fx.lowering import triton
 from topk_fx.lowering.triton import availability
-from topk_fx.lowering.triton.score_code import NoCodeError, OperandKind, source_of, without_causal_mask
+from topk_fx.lowering.triton.score_code import (
+    NoCodeError,
+    OperandKind,
+    function_of,
+    source_of,
+    without_causal_mask,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_cases import CASES, check
 
@@ -132,6 +138,14 @@ def test_masks_that_hold_before_the_diagonal_are_left_out_there():
     assert "j <= i" not in past
     assert "tl.where(x0, " in past
     assert source_of(without_causal_mask(Score.parse("causal").before), ()).endswith("    return s\n")
+
+
+def test_functions_of_two_programs_have_names_of_their_own():
+    """Triton tells the functions that a kernel calls by their names: it would compile one for both."""
+    pytest.importorskip("triton")
+    program = Score.parse("causal").before
+    functions = [function_of(x, ()) for x in (program, without_causal_mask(program), Score.parse("neg").before)]
+    assert len({function.fn.__name__ for function in functions}) == 3
 
 
 def test_half_precision_steps_are_rounded_as_aten_rounds_them():
