@@ -16,6 +16,7 @@ from topk_fx.lowering.triton.score_code import (
     source_of,
     without_causal_mask,
 )
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_cases import CASES, check
 
@@ -112,6 +113,23 @@ def test_tensors_of_a_gpu_get_them_and_a_reason_where_not():
         assert lowering.lowering_of("", (x, x, x, *rest, 64)) == (("aten", why) if why else ("triton", ""))
         assert lowering.lowering_of("", (x, short, short, *rest, 64)) == ("aten", why or dense)
         assert "2,000 keys are kept; there are kernels for 1,024" in triton.why_not(x, x, x, [], "causal", 2000)
+
+
+class CausalAttention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def test_program_exported_for_a_gpu_is_rewritten_without_one(monkeypatch):
+    monkeypatch.setattr(availability, "why_unavailable", lambda device: "")
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 300, 16, device="cuda", dtype=torch.bfloat16)
+        exported = torch.export.export(CausalAttention(), (x,))
+    program, report = topk_fx.rewrite(exported, k=7)
+    assert [site.lowering for site in report.sites] == ["triton"]
+    values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert {str(value.device) for value in values} == {"cuda:0"}
+    assert all(value.numel() <= x.numel() for value in values)
 
 
 @pytest.mark.parametrize(
