@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from topk_fx.score import language
+
 from .dialect import Call, Kind, read
 from .grouped_heads import look_through
 from .layout import Layout, LayoutError
@@ -25,7 +27,7 @@ from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
 from .softmax import Softmax
 from .span import check_span
 from .trace import MOVES, Order, Trace, is_assert
-from .values import is_nested, is_scalar, shape_of, value_of
+from .values import dtype_of, is_nested, is_scalar, shape_of, value_of
 from .weight_path import follow_weights
 
 
@@ -119,6 +121,7 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
     sizes = _check_interior(trace, weights.output)
     meaning = Meaning(trace.order, weights.output)
     scale, scale_divides, steps = _leading_scale(meaning.of(steps, path.layouts))
+    steps += _range_of_exp(softmax.bare_exp)
     weight_steps = meaning.of(weights.steps, weights.layouts)
     site = AttentionSite(
         anchor=softmax.output,
@@ -148,6 +151,22 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
     )
     _check_inputs(site, trace)
     return site
+
+
+def _range_of_exp(exp: fx.Node | None) -> tuple[ScoreStep, ...]:
+    """What an exponential without a shift does to scores beyond its range: they become infinite, and so NaN, or 0."""
+    dtype = None if exp is None else dtype_of(exp)
+    if dtype is None:
+        return ()
+    limits = torch.finfo(dtype)
+    overflow = math.log(limits.max)
+    underflow = math.log(limits.smallest_normal) + math.log(limits.eps / 2)
+
+    def beyond(comparison: str, limit: float, value: float) -> ScoreStep:
+        is_beyond = language.Call(comparison, (language.SCORES, limit))
+        return ScoreStep("add", (language.Call("where", (is_beyond, value, 0.0)),))  # added: the gradient is NaN, too
+
+    return beyond("gt", overflow, math.nan), beyond("lt", underflow, -math.inf)
 
 
 def _sink_term(sink: Sink, layout: Layout) -> Term:

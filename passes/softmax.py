@@ -20,7 +20,8 @@ aten = torch.ops.aten
 class Softmax:
     """A softmax over `dim` of `input`; `output` is its result, `interior` every node it is made of.
 
-    `zero_empty_rows`: a row of -inf becomes 0, and not NaN.
+    `zero_empty_rows`: a row of -inf becomes 0, and not NaN. `bare_exp` is an exponential from which no maximum was
+    taken: large scores are infinite there, and those far below zero are 0 even in a row of nothing else.
     """
 
     input: fx.Node
@@ -28,6 +29,7 @@ class Softmax:
     output: fx.Node
     interior: tuple[fx.Node, ...]
     zero_empty_rows: bool = False
+    bare_exp: fx.Node | None = None
 
 
 def read_softmax(call: Call) -> Softmax | None:
@@ -145,14 +147,14 @@ def _exp_over_sum(div: Call) -> Softmax | None:
     if dim is None:
         return None
     interior = [exp.node, total.node, div.node]
-    source = exp["input"]
+    source, bare_exp = exp["input"], exp.node
     shift = read(source)
     if shift is not None and shift.kind == Kind.SUB and shift.get("alpha", 1) == 1:
         maximum = row_maximum(shift["input"], shift["other"], dim)
         if maximum is not None:
             interior += [shift.node, *maximum]
-            source = shift["input"]
-    return Softmax(source, dim, div.node, tuple(interior))
+            source, bare_exp = shift["input"], None
+    return Softmax(source, dim, div.node, tuple(interior), bare_exp=bare_exp)
 
 
 def row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:

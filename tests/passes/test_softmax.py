@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from topk_fx.passes.dialect import read
 from topk_fx.passes.softmax import Softmax, read_softmax
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+import topk_fx
 
 
 def softmaxes(graph: fx.Graph) -> list[Softmax]:
@@ -166,3 +169,34 @@ def test_softmax_without_dim_says_so() -> None:
     graph.output(graph.call_function(F.softmax, (graph.placeholder("x"),)))
     (softmax,) = softmaxes(graph)
     assert softmax.dim is None
+
+
+def attention_of_bare_exponentials(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    exp = (q @ k.transpose(-2, -1) + mask).exp()
+    return exp / exp.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("number", [-1e4, 2000.0, -math.inf], ids=str)
+def test_exponential_without_a_maximum_keeps_its_range(number):
+    """A row of which nothing is left after the exponential is 0 / 0, and one in which it is infinite inf / inf."""
+    inputs = [torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(6, 6, dtype=torch.float64)
+    mask[0], mask[1, 2] = number, number
+    program = torch.export.export(AsModule(attention_of_bare_exponentials), (*inputs, mask))
+    rewritten, report = topk_fx.rewrite(program, k="all")
+    assert [site.rewritten for site in report.sites] == [True]
+    found, expected = rewritten.module()(*inputs, mask), attention_of_bare_exponentials(*inputs, mask)
+    assert expected[:, 0].isnan().all()
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    for gradient, wanted in zip(
+        torch.autograd.grad(found.nansum(), inputs), torch.autograd.grad(expected.nansum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, equal_nan=True)
+
+
+class AsModule(nn.Module):
+    """torch.export takes modules alone."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
