@@ -22,7 +22,8 @@ BEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 FEWEST_KEYS = {"cpu": 1024, "triton": 65536}
 KEPT_SHARE = {"cpu": 8, "triton": 1024}
-"""Kernels take less time than SDPA where one key in so many is kept, of so many keys or more (measured)."""
+"""Kernels take less time than SDPA where one key in so many is kept, of so many keys or more. Measured: C++ against
+SDPA's kernel for processors, Triton against flash. In a forward alone, cuDNN takes less time than both on an H100."""
 
 
 def choose(config: TopKConfig) -> str:

@@ -52,7 +52,7 @@ class BlockSizes:
 
     @classmethod
     def of(cls, query: Tensor) -> BlockSizes:
-        """The fastest that were measured, on an H100, of those that compile without spills."""
+        """Sizes that compile without spills; those of 16-bit heads up to 128 are the fastest of a dozen on an H100."""
         columns = power_of_two(query.size(-1), 16)
         if is_interpreted():
             return cls(16, 32, 32, 4, 1)
