@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,7 +41,7 @@ class Emitter:
         self._register(node)
         if self.value_key is not None:
             fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), self.fake_value)
-            with self.fake_mode or contextlib.nullcontext(), torch.no_grad(), _no_autocast():
+            with _unguarded(self.fake_mode), torch.no_grad(), _no_autocast():
                 node.meta[self.value_key] = target(*fake_args, **fake_kwargs)
         return node
 
@@ -176,6 +176,18 @@ def _fake_mode(graph: fx.Graph) -> tuple[str | None, FakeTensorMode | None]:
             if isinstance(value, FakeTensor):
                 return key, value.fake_mode
     return None, None
+
+
+@contextlib.contextmanager
+def _unguarded(fake_mode: FakeTensorMode | None) -> Iterator[None]:
+    """Enters a fake mode in which nothing is assumed of symbolic sizes for good.
+
+    An op checks that sizes agree. What the dense form leaves to run time, the pass must not settle for a whole program;
+    whoever traces the rewritten graph makes the guards that it needs.
+    """
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    with fake_mode or contextlib.nullcontext(), shape_env.suppress_guards() if shape_env else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -257,11 +257,11 @@ def _exported(program: Program, inputs: Sequence[Tensor]) -> Callable[[Any], Rew
     axes = tuple(dict.fromkeys(found, Dim.AUTO) for found in program.dynamic_axes())
     exported = torch.export.export(Model(), tuple(inputs), dynamic_shapes=(axes,) if program.dynamic else None)
 
-    guards = len(_guards(exported))
+    guards = len(guards_of(exported))
 
     def rewrite(k: Any) -> Rewritten:
         new, report = topk_fx.rewrite(exported, k=k, ffn_k=k)
-        assert len(_guards(exported)) == guards, f"the pass guards {_guards(exported)[guards:]}"
+        assert len(guards_of(exported)) == guards, f"the pass guards {guards_of(exported)[guards:]}"
         module = new.module()
         return Rewritten(
             exported.module(), module, report, graph_text(exported), graph_text(new), module, lambda: inputs
@@ -270,7 +270,7 @@ def _exported(program: Program, inputs: Sequence[Tensor]) -> Callable[[Any], Rew
     return rewrite
 
 
-def _guards(exported: ExportedProgram) -> list[Any]:
+def guards_of(exported: ExportedProgram) -> list[Any]:
     """What is assumed of the symbolic sizes of a program."""
     fake: Any = next(node.meta["val"] for node in exported.graph.nodes if "val" in node.meta)
     return fake.fake_mode.shape_env.guards

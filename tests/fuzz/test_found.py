@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
+from checks import guards_of
 from models import Calling, ExportTrace, values_and_gradients
 from torch import Tensor
 from torch.export import Dim
@@ -66,3 +69,24 @@ def test_symbolic_sizes_of_two_products_are_not_compared() -> None:
     assert [site.rewritten for site in report] == [True]
     same = inputs(4, 4)
     torch.testing.assert_close(rewritten.module()(*same), model(*same))
+
+
+def test_lengths_that_dense_leaves_to_run_time_are_not_assumed_equal() -> None:
+    """SDPA of keys and values whose lengths are symbols of their own: checking the op's inputs guarded them equal."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def inputs(keys: int) -> list[Tensor]:
+        return drawn((2, 3, 3, 3), (2, 3, keys, 3), (2, 3, keys, 3))
+
+    free = {2: Dim.AUTO}
+    program = torch.export.export(Calling(model), tuple(inputs(4)), dynamic_shapes=(({}, free, free),))
+    before = str(program.graph_module.code), len(guards_of(program))
+    rewritten, report = topk_fx.rewrite(program, k="all")
+    assert [site.rewritten for site in report] == [True]
+    assert (str(program.graph_module.code), len(guards_of(program))) == before
+    longer = inputs(6)
+    torch.testing.assert_close(rewritten.module()(*longer), model(*longer))
+    with pytest.raises(Exception, match="length"):
+        rewritten.module()(*longer[:2], inputs(7)[2])
