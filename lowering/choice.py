@@ -55,6 +55,14 @@ def lowering_of(chosen: str, arguments: Sequence[Any]) -> tuple[str, str]:
     return name, ""
 
 
+def lowering_to_run(chosen: str, arguments: Sequence[Any]) -> tuple[str, str]:
+    """As `lowering_of`, for an attention that will run in this process: what must be built for it is begun beside."""
+    name, why = lowering_of(chosen, arguments)
+    if name == "cpu":
+        cpu.prepare(*arguments[:5])
+    return name, why
+
+
 def why_not(
     name: str, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str, k: int | torch.SymInt
 ) -> str:

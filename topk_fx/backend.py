@@ -47,7 +47,7 @@ def topk_backend(
 
     config, inductor_options = split_options(options or {}, mode)
     chosen = lowering.choose(config)
-    report = TopKPass(config, chosen, functools.partial(lowering.pays, lowering=chosen), lowering.lowering_of)(
+    report = TopKPass(config, chosen, functools.partial(lowering.pays, lowering=chosen), lowering.lowering_to_run)(
         gm, f"graph {next(_graph_numbers)}"
     )
     _reports.append(report)

@@ -152,19 +152,35 @@ class CppBuildError(Exception):
     """C++ could not be compiled; the message is the reason in a few words."""
 
 
-def build_cpp(code: str, flags: Sequence[str]) -> Any:
-    """The shared library (ctypes.CDLL) of some C++, compiled with Inductor's compiler and options into its cache.
+def start_building_cpp(
+    code: str, flags: Sequence[str], submit: Callable[[Callable[[], Any]], Any]
+) -> Callable[[], Any]:
+    """Compiles C++ with Inductor's compiler and options into its cache, unless it is there.
 
-    `flags` come after Inductor's own. Raises CppBuildError.
+    `flags` come after Inductor's own; `submit` runs the compiler, beside the caller or at once. Returns what waits for
+    the shared library (ctypes.CDLL). Both raise CppBuildError.
     """
-    from torch._inductor import exc
-
-    try:
+    with _build_errors():
         # 2.13 and later can be told that no vector instructions are needed; else they are looked for, by compiling.
         load = _cpp_cache().load_async
         known = inspect.signature(load).parameters
         options = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}
-        return load(code, extra_flags=tuple(flags), **options)()
+        wait = load(code, submit_fn=submit, extra_flags=tuple(flags), **options)
+
+    def library() -> Any:
+        with _build_errors():
+            return wait()
+
+    return library
+
+
+@contextlib.contextmanager
+def _build_errors() -> Iterator[None]:
+    """Turns what Inductor raises where C++ cannot be built into CppBuildError."""
+    from torch._inductor import exc
+
+    try:
+        yield
     except exc.InvalidCxxCompiler as error:
         raise CppBuildError("no working C++ compiler was found; Inductor looks for g++ and clang++, or $CXX") from error
     except exc.CppCompileError as error:

@@ -1,5 +1,5 @@
 """The lowering for processors: C++ kernels, compiled on first use."""
 
-from .attention import attention_backward, attention_forward, why_not
+from .attention import attention_backward, attention_forward, prepare, why_not
 
-__all__ = ["attention_backward", "attention_forward", "why_not"]
+__all__ = ["attention_backward", "attention_forward", "prepare", "why_not"]

@@ -16,7 +16,7 @@ from topk_fx.score import Score
 from ..aten import attention_backward as aten_backward
 from . import build
 from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
-from .sparse import CppProducts, TensorArgument, with_dense_rows
+from .sparse import CppProducts, TensorArgument, prepare_products, with_dense_rows
 
 _LONGEST = 2**30 - 1
 """Of queries and of keys: their positions are held in 32 bits, and so are the differences of two."""
@@ -57,6 +57,16 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor
         return f"there are more than {_LONGEST} queries or keys"
     why = build.why_unavailable()
     return why or _why_no_code(score, _kinds(Score.parse(score), operands))
+
+
+def prepare(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str) -> None:
+    """Begins to build what an attention of these tensors, which may be fake, will run; `why_not` has no objection."""
+    function = Score.parse(score)
+    build.start(*_kernel_source(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype]))
+    if function.before or function.after:
+        build.start(source_of(function.before, function.after, _kinds(function, operands)))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        prepare_products(key.dtype, value.dtype)
 
 
 def attention_forward(
@@ -134,9 +144,13 @@ def _kernel(query_type: str, value_type: str) -> Any:
     return _kernel_for(query_type, value_type, build.current_instruction_set())
 
 
+def _kernel_source(query_type: str, value_type: str) -> tuple[str, tuple[str, ...]]:
+    return '#include "attention.cpp"\n', (f"QUERY={query_type}", f"VALUE={value_type}")
+
+
 @functools.cache
 def _kernel_for(query_type: str, value_type: str, instructions: str) -> Any:
-    library = build.load('#include "attention.cpp"\n', (f"QUERY={query_type}", f"VALUE={value_type}"))
+    library = build.load(*_kernel_source(query_type, value_type))
     function = library.attention_forward
     function.restype = ctypes.c_int64
     return function

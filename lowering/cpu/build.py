@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from topk_fx.compat import CppBuildError, build_cpp
+from topk_fx.compat import CppBuildError, start_building_cpp
 from topk_fx.errors import LoweringUnavailableError
 
 SOURCES = Path(__file__).parent / "sources"
@@ -48,7 +51,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
 _forced: str | None = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """While entered, kernels are built for this instruction set, whatever the processor could do."""
     global _forced
@@ -81,6 +84,12 @@ def supported_instruction_sets() -> tuple[str, ...]:
     return tuple(name for name in INSTRUCTION_SETS if found[name])
 
 
+def start(code: str, defines: tuple[str, ...] = ()) -> None:
+    """Begins to compile what `load` will be asked for, beside the caller; what goes wrong is raised by `load`."""
+    with contextlib.suppress(LoweringUnavailableError):
+        _started(code, defines, current_instruction_set())
+
+
 def load(code: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library compiled from C++ that may include files of `sources`.
 
@@ -92,12 +101,43 @@ def load(code: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 @functools.lru_cache(maxsize=4096)
 def _load(code: str, defines: tuple[str, ...], instructions: str) -> ctypes.CDLL:
+    with _unavailable():
+        library: Any = _started(code, defines, instructions)()
+    return library
+
+
+@functools.lru_cache(maxsize=4096)
+def _started(code: str, defines: tuple[str, ...], instructions: str) -> Callable[[], Any]:
     options = ("-ftree-loop-vectorize", "-fno-math-errno", "-std=c++20", "-w", *INSTRUCTION_SETS[instructions])
+    with _unavailable():
+        return start_building_cpp(_expand(code), (*options, *(f"-D{define}" for define in defines)), _Beside)
+
+
+@contextlib.contextmanager
+def _unavailable() -> Iterator[None]:
     try:
-        library: Any = build_cpp(_expand(code), (*options, *(f"-D{define}" for define in defines)))
+        yield
     except CppBuildError as error:
         raise LoweringUnavailableError(f"the C++ kernels cannot be built: {error}") from error
-    return library
+
+
+class _Beside:
+    """A run of the compiler in a thread of its own, while Inductor generates code in that of the caller."""
+
+    def __init__(self, compile: Callable[[], Any]) -> None:
+        self._process = os.getpid()
+        self._future: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(compile,), name="topk_fx build").start()
+
+    def _run(self, compile: Callable[[], Any]) -> None:
+        try:
+            self._future.set_result(compile())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def result(self) -> Any:
+        """Waits for it. A process that was forked meanwhile has no such thread, and goes on to compile by itself."""
+        return self._future.result() if os.getpid() == self._process else None
 
 
 def _expand(code: str, seen: set[str] | None = None) -> str:

@@ -76,9 +76,19 @@ class CppProducts:
             raise MemoryError("not enough memory to transpose the matrix of the kept keys")
 
 
+def prepare_products(*dtypes: torch.dtype) -> None:
+    """Begins to build what products with keys and values of these dtypes will run."""
+    for dtype in dtypes:
+        build.start(*_source(ELEMENT_TYPES[dtype]))
+
+
+def _source(element: str) -> tuple[str, tuple[str, ...]]:
+    return '#include "sparse.cpp"\n', (f"ELEMENT={element}",)
+
+
 @functools.cache
 def _library(element: str, instructions: str) -> Any:
-    library = build.load('#include "sparse.cpp"\n', (f"ELEMENT={element}",))
+    library = build.load(*_source(element))
     for name in ("dot_products", "weighted_sum", "scatter_rows"):
         getattr(library, name).restype = ctypes.c_int64
     return library
