@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from topk_fx.score.language import SCORES, Call, Expression
+from topk_fx.score.language import SCORES, Call, Expression, reads_scores
 
 from .dialect import Kind, read
 from .elementwise import read_elementwise
@@ -90,7 +90,7 @@ class Meaning:
         return tuple(found for step in steps if (found := self._step(step, layouts)) is not None)
 
     def _step(self, step: ScoreStep, layouts: Sequence[Layout]) -> ScoreStep | None:
-        """None for the mask of SDPA that keeps every key."""
+        """None for one that changes nothing: the mask of SDPA that keeps every key, a choice that is made for good."""
         arguments: list[Any] = []
         for argument in step.arguments:
             if isinstance(argument, Term) and isinstance(argument.node, fx.Node):
@@ -98,7 +98,7 @@ class Meaning:
             elif isinstance(argument, StagedStretch):
                 argument = self._stretch(argument.stretch, frame_at(layouts, argument.stage))
             arguments.append(argument)
-        if step.name == "mask" and arguments[0] is True:
+        if (step.name, *arguments) in (("mask", True), ("set", SCORES)):
             return None
         if step.name == "mask" and isinstance(arguments[0], Call):
             is_boolean = dtype_of(step.arguments[0].node) == torch.bool
@@ -137,6 +137,8 @@ class Meaning:
             found = reader.read(stretch.end)
         except NotReadable as error:
             raise Refuse("unknown_score_op", f"{describe(stretch.end)} could not be read: {error}") from error
+        if not reads_scores(found):
+            raise Refuse("unknown_score_op", f"{describe(stretch.end)} does not depend on the scores")
         masks = reader.replayed - stretch.inside
         if masks and not self._may_replay(dataclasses.replace(reader, replayed=masks), stretch.end):
             raise Refuse(

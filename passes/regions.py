@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from topk_fx.score.language import KEY_POSITION, QUERY_POSITION, Call, Expression
+from topk_fx.score.language import KEY_POSITION, QUERY_POSITION, Call, Expression, reads_scores
 from topk_fx.score.operations import CAST_DTYPES, OPERATIONS
 
 from .axes import same_shape
@@ -322,7 +322,26 @@ class RegionReader:
         if all(isinstance(x, (bool, int, float)) for x in arguments):
             tensors = [torch.tensor(x) for x in arguments]
             return OPERATIONS[operation.name].function(*tensors).item()
+        if (chosen := _chosen_for_good(operation.name, arguments)) is not None:
+            return _cast(arguments[chosen], operation.arguments[chosen], dtype)
         return _simplified(Call(operation.name, tuple(arguments)), dtype)
+
+
+def _chosen_for_good(name: str, arguments: Sequence[Expression]) -> int | None:
+    """Which argument an operation with a constant condition always is; None if it has no such condition."""
+    order = {"where": (0, 1, 2), "keep": (1, 0, 2), "fill": (1, 2, 0)}.get(name)
+    if order is None or not isinstance(arguments[order[0]], bool):
+        return None
+    return order[1] if arguments[order[0]] else order[2]
+
+
+def _cast(x: Expression, source: Any, dtype: torch.dtype | None) -> Expression:
+    """x, the expression of `source`, in the dtype that a choice between it and another gives."""
+    if isinstance(x, (bool, int, float)):
+        return _typed(x, dtype)
+    own = dtype_of(source) if isinstance(source, fx.Node) else None
+    name = str(dtype).removeprefix("torch.")
+    return x if own == dtype or reads_scores(x) or name not in CAST_DTYPES else Call(name, (x,))
 
 
 def _simplified(call: Call, dtype: torch.dtype | None) -> Expression:

@@ -36,6 +36,18 @@ def test_bias_of_float64_looked_up_and_scaled_is_not_rounded_to_float32() -> Non
     assert check(model, *drawn((5, 2), (4, 2), (4, 3), (4,))) == [""]
 
 
+def test_choice_by_a_condition_that_always_holds_is_no_choice() -> None:
+    """One query, and a mask that is True for it: `where(True, ...)` is no function of torch."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        keeps = torch.ones(1, 5, dtype=torch.bool).triu(0)
+        halved = torch.where(keeps, torch.where(keeps, s, 1.0), s * 0.5)
+        return torch.where(torch.arange(1)[:, None] > torch.arange(5), halved, halved * 2).softmax(-1) @ v
+
+    assert check(model, *drawn((1, 3), (5, 3), (5, 3))) == [""]
+
+
 def test_symbolic_size_equal_to_the_head_size_stays_symbolic() -> None:
     """Four queries, whose features come first, and values of size four: reporting the sizes compared the two."""
 

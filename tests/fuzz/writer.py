@@ -36,6 +36,7 @@ class Writer:
         self.conditions: list[tuple[str, str]] = []
         self.names = 0
         self.softmaxes = 0
+        self.has_huge = False
         self.returned: list[str] = []
         self.dtype = self.coarsest = self.choose(*[torch.float64] * 12, *_ORDER[1:])
         self.tracer = self.choose(*["propagated"] * 9, *["make_fx"] * 4, "symbolic", "export", "dynamo")
@@ -429,6 +430,7 @@ class Writer:
         if self.dtype in (torch.bfloat16, torch.float16):
             value = self.choose("-inf", f"torch.finfo({scores}.dtype).min", "-1e4", "-3.0")
         finite = "-1e4" if "inf" in value else value
+        self.has_huge |= value.startswith("torch.finfo") or value == "-1e9"
         if self.chance(8):
             line = self.choose(f"{scores}.masked_fill_(~{m}, {value})", f"{scores} += torch.where({m}, 0.0, {value})",
                                f"{scores}.add_(torch.where({m}, 0.0, {value}))")  # fmt: skip
@@ -506,8 +508,10 @@ class Writer:
             f"torch.softmax({scores}, dim={dim})", f"torch.nn.functional.softmax({scores}, {dim})",
             f"{scores}.softmax(dim={dim})", f"torch.special.softmax({scores}, {dim})",
             f"F.log_softmax({scores}, {dim}).exp()", f"torch.exp({scores}.log_softmax({dim}))", f"safe {scores}",
-            f"exp {scores}", f"shifted {scores}", f"({scores} - {scores}.logsumexp({dim}, keepdim=True)).exp()",
+            f"exp {scores}", f"shifted {scores}",
         ]  # fmt: skip
+        if not self.has_huge:  # the logarithm of the number of keys is lost beside -1e9: all of a masked row becomes 1
+            spellings.append(f"({scores} - {scores}.logsumexp({dim}, keepdim=True)).exp()")
         text = self.choose(*spellings)
         reference = f"{weights} = keeping.softmax({scores}, {dim})"
         self.softmaxes += "oftmax" in text or text.startswith("safe")

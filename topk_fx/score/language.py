@@ -86,6 +86,13 @@ QUERY_POSITION, KEY_POSITION = Name("i"), Name("j")
 _POSITIONS = ("i", "j")
 
 
+def reads_scores(expression: Expression) -> bool:
+    """Whether an expression depends on the scores."""
+    if isinstance(expression, Call):
+        return any(map(reads_scores, expression.arguments))
+    return bool(expression == SCORES)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """The scores become `name(scores, *arguments)`."""
