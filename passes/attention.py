@@ -23,6 +23,7 @@ from .layout import Layout, LayoutError
 from .meaning import Meaning
 from .mutation import mutated_arguments
 from .score_path import Product, ScorePath, Sink
+from .sink_factor import check_rows_of_factor, take_sink_factor
 from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
 from .softmax import Softmax
 from .span import check_span
@@ -114,13 +115,19 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
     if not product.first_moves and not path.layout.moves:
         product.query, product.key = (look_through(x, trace.passed) for x in (product.query, product.key))
     weights = follow_weights(softmax.output, path.layout, path.sink, trace)
+    weights, sink = take_sink_factor(path, weights)
     value = weights.value
     if not weights.layout.moves and weights.output_order is None:
         value = look_through(value, trace.passed)
     _check_dtypes(trace, (product.query.node, product.key.node, value.node))
     sizes = _check_interior(trace, weights.output)
     meaning = Meaning(trace.order, weights.output)
-    scale, scale_divides, steps = _leading_scale(meaning.of(steps, path.layouts))
+    steps = meaning.of(steps, path.layouts)
+    if sink is not None:
+        check_rows_of_factor(steps, weights.output)
+    elif path.sink is not None:
+        sink = _sink_term(path.sink, path.layout)
+    scale, scale_divides, steps = _leading_scale(steps)
     steps += _range_of_exp(softmax.bare_exp)
     weight_steps = meaning.of(weights.steps, weights.layouts)
     site = AttentionSite(
@@ -136,7 +143,7 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
         scale=scale,
         scale_divides=scale_divides,
         steps=steps,
-        sink=None if path.sink is None else _sink_term(path.sink, path.layout),
+        sink=sink,
         weight_steps=weight_steps,
         dropout_p=weights.dropout_p,
         dropout_module=weights.dropout_module,

@@ -87,29 +87,43 @@ def _exp_minus_logsumexp(exp: Call) -> Softmax | None:
     shift = read(exp["input"])
     if shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
         return None
-    total = _logsumexp(shift["input"], shift.get("other"))
-    if total is None:
+    total = read_logsumexp(shift["input"], shift.get("other"))
+    if total is None or not total.is_kept:
         return None
-    dim, interior = total
-    return Softmax(shift["input"], dim, exp.node, (*interior, shift.node, exp.node))
+    return Softmax(shift["input"], total.dim, exp.node, (*total.nodes, shift.node, exp.node))
 
 
-def _logsumexp(x: Any, total: Any) -> tuple[int, list[fx.Node]] | None:
-    """Over which dimension `total` is the logsumexp of x, kept as a dimension, and the nodes that compute it.
+@dataclasses.dataclass(frozen=True)
+class LogSumExp:
+    """A logsumexp over `dim`, which is kept with size 1 if `is_kept`; `nodes` are all that it is made of."""
+
+    dim: int
+    is_kept: bool
+    nodes: tuple[fx.Node, ...]
+
+
+def read_logsumexp(x: Any, total: Any) -> LogSumExp | None:
+    """The logsumexp of x that `total` is, or None.
 
     Also as it decomposes: log(sum(exp(x - m))) + m, where m is the maximum, or 0 where that is infinite.
     """
     call = read(total)
     if call is not None and call.kind == Kind.LOGSUMEXP:
         dim = _one_dim(call.get("dim"))
-        return None if dim is None or call["input"] is not x or not call.get("keepdim") else (dim, [call.node])
+        if dim is None or call["input"] is not x:
+            return None
+        return LogSumExp(dim, bool(call.get("keepdim")), (call.node,))
     if call is None or call.kind != Kind.ADD or call.get("alpha", 1) != 1:
         return None
     log, maximum = call["input"], read(call.get("other"))
+    squeeze = maximum if maximum is not None and maximum.kind == Kind.SQUEEZE else None
+    if squeeze is not None:
+        maximum = read(squeeze["input"])
     if not isinstance(log, fx.Node) or log.target is not aten.log.default or maximum is None:
         return None
     sums = read(log.args[0])
-    exp = read(sums["input"]) if sums is not None and sums.kind == Kind.SUM and sums.get("keepdim") else None
+    is_sum = sums is not None and sums.kind == Kind.SUM and bool(sums.get("keepdim")) == (squeeze is None)
+    exp = read(sums["input"]) if sums is not None and is_sum else None
     shift = read(exp["input"]) if exp is not None and exp.kind == Kind.EXP else None
     if sums is None or exp is None or shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
         return None
@@ -117,7 +131,11 @@ def _logsumexp(x: Any, total: Any) -> tuple[int, list[fx.Node]] | None:
     dim = _one_dim(sums.get("dim"))
     if found is None or dim is None or found[0] != dim or (shift["input"], shift["other"]) != (x, maximum.node):
         return None
-    return dim, [*found[1], maximum.node, shift.node, exp.node, sums.node, log, call.node]
+    if squeeze is not None and _one_dim(squeeze.get("dim")) != dim:
+        return None
+    squeezed = () if squeeze is None else (squeeze.node,)
+    nodes = (*found[1], maximum.node, *squeezed, shift.node, exp.node, sums.node, log, call.node)
+    return LogSumExp(dim, squeeze is None, nodes)
 
 
 def _finite_maximum(x: Any, call: Call) -> tuple[Any, list[fx.Node]] | None:

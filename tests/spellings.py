@@ -548,6 +548,22 @@ def sink_in_front(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, additive: Tenso
     return F.dropout(logits.softmax(-1), 0.0).narrow(-1, 1, LK) @ v
 
 
+@spelling(symbolic="scores_used_elsewhere", dense=with_sink)
+def sink_as_factor_of_the_output(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    """Granite with sliding windows."""
+    scores = q @ k.transpose(2, 3)
+    factor = (torch.logsumexp(scores, dim=-1) - sink.view(1, -1, 1)).to(torch.float32).sigmoid()
+    output = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return output * factor.unsqueeze(-1).to(output.dtype)
+
+
+@spelling(symbolic="scores_used_elsewhere", dense=with_sink)
+def sink_as_factor_of_the_weights(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    scores = torch.einsum("bhid,bhjd->bhij", q, k)
+    factor = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sink[:, None, None])
+    return (factor * scores.softmax(-1)) @ v
+
+
 @spelling()
 def weights_scaled_by_head(q: Tensor, k: Tensor, v: Tensor, scale_heads: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1)).softmax(-1) * scale_heads) @ v

@@ -86,11 +86,15 @@ class Program:
 
     def exact(self) -> Callable[..., Any]:
         """The model with every dtype that it names replaced by float64."""
-        return _compiled(_in_float64(self.source(self.lines)), {})
+        return _compiled(self._in_float64(self.lines), {})
 
     def reference(self, keeping: Keeping) -> Callable[..., Any]:
         """The model in float64 where every softmax, or every hidden layer, keeps k."""
-        return _compiled(_in_float64(self.source(self.reference_lines)), {"keeping": keeping})
+        return _compiled(self._in_float64(self.reference_lines), {"keeping": keeping})
+
+    def _in_float64(self, lines: tuple[str, ...]) -> str:
+        dtype = str(self.dtype)  # the limits of numbers stay those of the model
+        return _in_float64(re.sub(r"finfo\(\w+\.dtype\)", f"finfo({dtype})", self.source(lines)))
 
     def values(self, longer: int = 0) -> tuple[Tensor, ...]:
         """The inputs, the same at every call; `longer`: by how much queries and keys are more, where they are several."""

@@ -98,6 +98,7 @@ def test_spelling_traced_by_make_fx_is_rewritten(spelling: Spelling, tracing_mod
 
 LEFT_DECOMPOSED = {
     "einsum_of_single_keys": "axes_not_followed",
+    "sink_as_factor_of_the_output": "scores_used_elsewhere",
     "weights_without_nan": "probabilities_used_elsewhere",
     "weights_shared_by_the_batch": "mask_broadcasts_scores",
 }

@@ -179,6 +179,28 @@ def sink_weighs_a_value(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor
     return logits.softmax(-1) @ v
 
 
+@refused("sink_of_empty_rows")
+def sink_as_factor_under_a_mask(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, keep: Tensor) -> Tensor:
+    """A row without a key would be NaN, and with a sink beside the scores it would be 0."""
+    scores = (q @ k.transpose(-2, -1)).masked_fill(~keep, -INF)
+    factor = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sink.view(1, H, 1, 1))
+    return (scores.softmax(-1) @ v) * factor
+
+
+@refused("scores_used_elsewhere")
+def factor_of_a_sink_used_twice(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-2, -1)
+    factor = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sink.view(1, H, 1, 1))
+    return (scores.softmax(-1) @ v) * factor, factor
+
+
+@refused("scores_used_elsewhere")
+def factor_of_a_reversed_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    factor = torch.sigmoid(sink.view(1, H, 1, 1) - scores.logsumexp(-1, keepdim=True))
+    return (scores.softmax(-1) @ v) * factor
+
+
 @refused("scores_sliced")
 def scores_of_later_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1))[..., 2:].softmax(-1) @ v[:, :, 2:]
