@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from topk_fx.compat import SpecializedError, trace_to_aten
 
 from .emit import Emitter
+from .trace import erase_unread, is_unread
 from .values import attribute_of, value_of
 
 aten = torch.ops.aten
@@ -73,8 +74,7 @@ class OpenedCall:
         """Erases the call, which nothing uses any more."""
         for old, new, _ in self.rewired:
             new.meta["replaces"] = old.name
-        for node in (*self.call.users, self.call):
-            node.graph.erase_node(node)
+        erase_unread(self.call)
 
 
 def open_call(call: fx.Node, autocasts: Autocasts = ()) -> OpenedCall:
@@ -138,7 +138,7 @@ def _results(call: fx.Node, definition: _Definition) -> list[tuple[int | None, f
     for user in call.users:
         if user.target is not operator.getitem:
             raise OpenError(f"{call.name} is one call, and {user.name} takes all its results together")
-        if user.users:
+        if not all(map(is_unread, user.users)):
             results.append((user.args[1], user))  # type: ignore[arg-type]
     return results
 

@@ -10,6 +10,7 @@ from torch import fx
 from .axes import read_move
 from .dialect import Call, Kind, read
 from .layout import Layout, Permute, View
+from .mutation import mutated_arguments
 
 Order = dict[fx.Node, int]
 MOVES = {
@@ -51,6 +52,30 @@ def move_of(call: Call, layout: Layout) -> Permute | View:
 def is_assert(node: fx.Node) -> bool:
     call = read(node)
     return call is not None and call.kind == Kind.ASSERT
+
+
+_LONGEST_UNREAD = 32
+
+
+def is_unread(node: fx.Node) -> bool:
+    """Whether a node is left over from tracing: neither its result nor what is made of it is seen by anything."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if is_assert(current):
+            continue
+        if current.op == "output" or current.is_impure() or mutated_arguments(current) or len(seen) > _LONGEST_UNREAD:
+            return False
+        pending += [user for user in current.users if user not in seen]
+        seen.update(current.users)
+    return True
+
+
+def erase_unread(node: fx.Node) -> None:
+    """Erases a node that `is_unread`, and what reads it."""
+    for user in list(node.users):
+        erase_unread(user)
+    node.graph.erase_node(node)
 
 
 def first_of(nodes: Iterable[fx.Node], order: Order) -> fx.Node:

@@ -15,11 +15,10 @@ from .axes import EinsumAxes, read_move, same_shape, softmax_over_queries
 from .dialect import Call, Kind, read
 from .elementwise import read_elementwise, read_in_place
 from .layout import Layout
-from .mutation import mutated_arguments
 from .score_path import Sink
 from .score_steps import NO_DROPOUT, check_cast, merge_dropout
 from .sites import Factor, Refuse, ScoreStep, Term
-from .trace import MOVES, Order, Trace, is_assert, move_of
+from .trace import MOVES, Order, Trace, is_unread, move_of
 from .values import constant_of, dtype_of, shape_of
 from .where import describe
 
@@ -81,20 +80,17 @@ def follow_weights(softmax_output: fx.Node, score_layout: Layout, sink: Sink | N
 
 def _next_user(names: list[fx.Node], order: Order) -> fx.Node:
     """What alone reads the probabilities, or writes to them before all others; `names` are nodes that hold them."""
-    users = {user for node in names for user in node.users if user not in names and not _is_unread(user)}
+    users = {user for node in names for user in node.users if user not in names and not is_unread(user)}
     first = min(users, key=order.__getitem__, default=None)
     call = read(first)
     is_writer = call is not None and call.in_place and call.get("input") in names
     if first is None or first.op == "output" or (len(users) > 1 and not is_writer):
+        if not users:
+            raise Refuse("result_unused", f"nothing reads the probabilities {names[0].name}")
         found = sorted(users, key=order.__getitem__)
-        told = ", ".join("the output" if user.op == "output" else user.name for user in found) or "nothing"
+        told = ", ".join("the output" if user.op == "output" else user.name for user in found)
         raise Refuse("probabilities_used_elsewhere", f"the probabilities {names[0].name} are used by {told}")
     return first
-
-
-def _is_unread(user: fx.Node) -> bool:
-    """Whether a node is left over from tracing: nothing sees its result, and it does nothing else."""
-    return is_assert(user) or not (user.users or user.op == "output" or user.is_impure() or mutated_arguments(user))
 
 
 def _cuts_sink(call: Call, node: fx.Node, layout: Layout, sink: Sink) -> bool:

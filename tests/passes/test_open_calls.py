@@ -69,6 +69,12 @@ def cross(**options: Any) -> Callable[..., Tensor]:
     return lambda m, q, memory: m(q, memory, memory, **options)[0]
 
 
+def heads_of_weights(output: Tensor, weights: Tensor) -> Tensor:
+    """WavLM: the weights would be returned if anybody asked for them."""
+    weights[:, None].broadcast_to((*weights.shape[:1], H, *weights.shape[1:]))
+    return output
+
+
 ATTENTION = [
     Layer("self_attention", attention(), lambda m, x: m(x, x, x)[0], (QUERY,)),
     Layer("self_attention_without_weights", attention(), lambda m, x: m(x, x, x, need_weights=False)[0], (QUERY,)),
@@ -77,6 +83,7 @@ ATTENTION = [
     Layer("length_first", attention(batch_first=False), lambda m, q, k: m(q.mT, k.mT, k.mT)[0].mT, (drawn(L, E, B), drawn(S, E, B))),
     Layer("unbatched", attention(), cross(need_weights=False), (QUERY[0], MEMORY[0])),
     Layer("unbatched_with_weights", attention(), cross(), (QUERY[0], MEMORY[0])),
+    Layer("weights_made_larger_and_unused", attention(), lambda m, x: heads_of_weights(*m(x, x, x)), (QUERY,)),
     Layer("weights_of_heads_unused", attention(), cross(average_attn_weights=False)),
     Layer("key_padding", attention(), cross(key_padding_mask=MEMORY_PADDING)),
     Layer("key_padding_without_weights", attention(), cross(key_padding_mask=MEMORY_PADDING, need_weights=False)),

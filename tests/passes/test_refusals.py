@@ -179,6 +179,14 @@ def sink_weighs_a_value(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor
     return logits.softmax(-1) @ v
 
 
+@refused("result_unused")
+def weights_computed_for_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SAM 2 computes its weights, and then calls SDPA."""
+    weights = (q @ k.transpose(-2, -1)).softmax(-1)
+    weights.transpose(1, 2)
+    return v + 1
+
+
 @refused("sink_of_empty_rows")
 def sink_as_factor_under_a_mask(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, keep: Tensor) -> Tensor:
     """A row without a key would be NaN, and with a sink beside the scores it would be 0."""
