@@ -281,7 +281,9 @@ def _backward_part(
         factor = dropout_factor(~weights.signbit(), dropout_p, dtype)
         summed, grad_weights = summed * factor, grad_weights * factor
     grad_value = with_values.scatter_rows(grad, summed)
-    grad_weights = operand_grads.differentiate(function.after, probabilities, grad_weights, indices)
+    if function.after:  # whose derivative may be infinite at the 0 of a slot without a key
+        found = operand_grads.differentiate(function.after, probabilities, grad_weights, indices)
+        grad_weights = torch.where(indices >= 0, found, 0)
     expected = (probabilities * grad_weights).sum(-1, keepdim=True)
     grad_scores = probabilities * (grad_weights - expected)
     if function.sink is not None:

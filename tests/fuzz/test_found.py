@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,20 @@ def test_choice_by_a_condition_that_always_holds_is_no_choice() -> None:
         return torch.where(torch.arange(1)[:, None] > torch.arange(5), halved, halved * 2).softmax(-1) @ v
 
     assert check(model, *drawn((1, 3), (5, 3), (5, 3))) == [""]
+
+
+def test_root_of_probabilities_has_no_gradient_where_no_key_is_kept() -> None:
+    """A row with one key of the two that are asked for: the derivative of the root is infinite in the other slot."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(torch.arange(4) > torch.arange(3)[:, None], -math.inf).softmax(-1).sqrt() @ v
+
+    inputs = drawn((3, 2), (4, 2), (4, 3))
+    rewritten, report, _ = ExportTrace(model, inputs).rewrite(k=2)
+    assert [site.rewritten for site in report] == [True]
+    _, gradients = values_and_gradients(rewritten, inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    torch.testing.assert_close(gradients[0][0], torch.zeros(2, dtype=torch.float64))
 
 
 def test_symbolic_size_equal_to_the_head_size_stays_symbolic() -> None:
