@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,24 @@ FEWEST_KEYS = {"cpu": 1024, "triton": 65536}
 KEPT_SHARE = {"cpu": 8, "triton": 1024}
 """Kernels take less time than SDPA where one key in so many is kept, of so many keys or more. Measured: C++ against
 SDPA's kernel for processors, Triton against flash. In a forward alone, cuDNN takes less time than both on an H100."""
+
+FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 128, torch.float16: 128}
+"""The C++ FFN reads all weights for each eight tokens. Up to so many it takes less time than chunks of ATen calls,
+which convert weights of 16 bits first. Measured, SwiGLU 2048 -> 8192, a tenth kept, time of C++ / ATen: float32 .59 at
+8 tokens, .89 at 16, 1.2 at 32; bfloat16 .09 at 8, .46 at 64, .65 at 128."""
+
+MANY_TOKENS = 128
+"""From so many tokens on, a sparse backward of an FFN can take less time than ATen's dense products, which by far fewer
+are lost among the gradients of all weights."""
+
+KEPT_SHARE_OF_BACKWARD = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+"""And does where one unit in so many is kept. Measured, SwiGLU 1024 -> 4096, 512 tokens, time of C++ / ATen: float32
+.41 with 1/16 kept, .65 with 1/8, 1.06 with 1/4; bfloat16 .27, .46, .79."""
+
+MOST_TOKENS_THAT_PAY, FEWEST_UNITS_THAT_PAY = 4, 2048
+"""A top-k FFN in C++ takes less time than the dense one for so few tokens of so many hidden units. Measured, SwiGLU
+2048 -> 8192, time of C++ / dense: float32 .87 at 1 token, .42 at 2, .44 at 4, .66 at 8; bfloat16 .52, .66, .75, 1.03.
+"""
 
 
 def choose(config: TopKConfig) -> str:
@@ -63,6 +82,35 @@ def lowering_to_run(chosen: str, arguments: Sequence[Any]) -> tuple[str, str]:
     return name, why
 
 
+def ffn_lowering_of(chosen: str, arguments: Sequence[Any], kept_in_backward: int | None = None) -> tuple[str, str]:
+    """What will compute `topk_fx::ffn` with these arguments, of which tensors may be fake, and why none better.
+
+    There are no Triton kernels of FFNs: ATen takes their place, and the report says so.
+
+    Args:
+        kept_in_backward: asks for the backward, of an FFN that keeps so many units.
+    """
+    input, up_weight = arguments[:2]
+    name = chosen or BEST.get(input.device.type, "aten")
+    if name == "aten":
+        return "aten", ""
+    if name == "triton":
+        return "aten", "there are no Triton kernels of FFNs"
+    if why := cpu.ffn_why_not(input, up_weight):
+        return "aten", why
+    if chosen:
+        return name, ""
+    if kept_in_backward is not None:
+        is_sparse = kept_in_backward * KEPT_SHARE_OF_BACKWARD[input.dtype] <= up_weight.size(0)
+        return ("cpu" if is_sparse and input.size(0) >= MANY_TOKENS else "aten"), ""
+    tokens, most = math.prod(input.shape[:-1]), FEW_TOKENS[input.dtype]
+    if not isinstance(tokens, int):
+        return "cpu", f"for up to {most} tokens; ATen computes more"
+    if tokens > most:
+        return "aten", f"{tokens} tokens: chunks of ATen calls take less time than C++ above {most}"
+    return "cpu", ""
+
+
 def why_not(
     name: str, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str, k: int | torch.SymInt
 ) -> str:
@@ -80,18 +128,27 @@ def _why_dense(key: Tensor, k: int | torch.SymInt) -> str:
 
 
 def pays(kind: str, shape: tuple[Any, ...] | None, keep: Keep, device: str | None = None, lowering: str = "") -> bool:
-    """Whether a lowering would beat the dense form on a site whose scores have a shape.
+    """Whether a lowering would beat the dense form on a site whose scores, or hidden units, have a shape.
 
     ATen does not: its products are the dense form's, and the selection comes on top (measured: 2 to 6 times the time of
     SDPA from 1,024 to 16,384 keys). What it saves is memory, and that is asked for by giving k.
     """
     best = BEST.get(device or "", "aten")
-    if kind != "attention" or shape is None or best == "aten" or lowering not in ("", best):
+    if shape is None or best == "aten" or lowering not in ("", best):
         return False
     if _why_unavailable(best, device or ""):
         return False
+    if kind == "ffn":
+        return best == "cpu" and _pays_of_ffn(shape, keep)
     keys = shape[-1]
     return isinstance(keys, int) and keys >= FEWEST_KEYS[best] and kept_count(keep, keys) * KEPT_SHARE[best] <= keys
+
+
+def _pays_of_ffn(shape: tuple[Any, ...], keep: Keep) -> bool:
+    if not all(isinstance(size, int) for size in shape):
+        return False
+    tokens, units = math.prod(shape[:-1]), shape[-1]
+    return tokens <= MOST_TOKENS_THAT_PAY and units >= FEWEST_UNITS_THAT_PAY and 2 * kept_count(keep, units) <= units
 
 
 def _why_unavailable(name: str, device: str) -> str:

@@ -1,4 +1,4 @@
-"""What computes an attention: the lowering that the op names, or the best for its tensors."""
+"""What computes an attention or an FFN: the lowering that the op names, or the best for its tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from topk_fx.errors import LoweringUnavailableError
 
 from . import aten, cpu, triton
-from .choice import lowering_of
+from .choice import ffn_lowering_of, lowering_of
 
 _LOWERINGS = {"aten": aten, "cpu": cpu, "triton": triton}
 
@@ -56,10 +56,58 @@ def attention_backward(
     )
 
 
+def ffn_forward(
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    activation: str,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    lowering: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, indices and pre-activations, as `aten.ffn_forward`."""
+    chosen = _choose_ffn(lowering, input, up_weight)
+    return chosen.ffn_forward(
+        *(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, dropout_keep, dropout_p)
+    )
+
+
+def ffn_backward(
+    grad: Tensor,
+    input: Tensor,
+    up_weight: Tensor,
+    gate_weight: Tensor | None,
+    down_weight: Tensor,
+    indices: Tensor,
+    up: Tensor,
+    gate: Tensor,
+    dropout_keep: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    lowering: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, as `aten.ffn_backward`."""
+    chosen = _choose_ffn(lowering, input, up_weight, indices.size(-1))
+    return chosen.ffn_backward(
+        *(grad, input, up_weight, gate_weight, down_weight, indices, up, gate, dropout_keep, activation, dropout_p)
+    )
+
+
 def _choose(
     lowering: str, query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], score: str, k: int
 ) -> Any:
     name, why = lowering_of(lowering, (query, key, value, operands, score, None, k))
     if lowering not in ("", name):
+        raise LoweringUnavailableError(f"lowering={lowering!r} cannot run: {why}")
+    return _LOWERINGS[name]
+
+
+def _choose_ffn(lowering: str, input: Tensor, up_weight: Tensor, kept_in_backward: int | None = None) -> Any:
+    name, why = ffn_lowering_of(lowering, (input, up_weight), kept_in_backward)
+    if lowering == "cpu" != name:
         raise LoweringUnavailableError(f"lowering={lowering!r} cannot run: {why}")
     return _LOWERINGS[name]

@@ -56,15 +56,16 @@ def rewrite_attention(site: AttentionSite, keep: Keep, lowering: str = "") -> fx
     return op
 
 
-def rewrite_ffn(site: FFNSite, keep: Keep) -> fx.Node:
-    """Puts `topk_fx::ffn` in the place of a site and returns its node; EmitError as `rewrite_attention`."""
+def rewrite_ffn(site: FFNSite, keep: Keep, lowering: str = "") -> fx.Node:
+    """Puts `topk_fx::ffn` in the place of a site and returns its node; lowering, EmitError: as `rewrite_attention`."""
     emit = Emitter(site.output)
     try:
         layers = [_emit_layer(emit, layer) for layer in (site.up, site.gate, site.down)]
         kept = kept_count(keep, site.up.size)
         arguments = (site.input, *layers[0], *layers[1], *layers[2], site.activation, kept)
         dropout = _emit_dropout(emit, site.dropout_p, site.dropout_module)
-        output = emit.call(torch.ops.topk_fx.ffn.default, *arguments, *dropout, name="ffn")
+        kwargs = {"lowering": lowering} if lowering else {}
+        output = op = emit.call(torch.ops.topk_fx.ffn.default, *arguments, *dropout, name="ffn", **kwargs)
         if shape_of(site.output) is not None and shape_of(output) is not None:
             output = emit.reshape(output, emit.shape(site.output))
         _check_shape(emit, output, site.output)
@@ -72,7 +73,7 @@ def rewrite_ffn(site: FFNSite, keep: Keep) -> fx.Node:
         emit.undo()
         raise error if isinstance(error, EmitError) else EmitError(f"{type(error).__name__}: {error}") from error
     _replace(site.output, output, site.interior)
-    return output
+    return op
 
 
 def _same_size(size: fx.Node, site: AttentionSite) -> fx.Node:

@@ -40,14 +40,15 @@ class TopKPass:
     """Rewrites attention and FFN sites of a GraphModule, in place, to top-k ops.
 
     `lowering` is the name of what is to compute them, "" if their tensors decide; `pays` tells whether it would beat
-    the dense form on a device, and `lowering_of` names what will compute an attention with given arguments, and why it
-    is no better one.
+    the dense form on a device, and `lowering_of` and `ffn_lowering_of` name what will compute an attention and an FFN
+    with given arguments, and why it is no better one.
     """
 
     config: TopKConfig
     lowering: str
     pays: Callable[[str, tuple[Any, ...] | None, Keep, str | None], bool]
     lowering_of: Callable[[str, Sequence[Any]], tuple[str, str]] | None = None
+    ffn_lowering_of: Callable[[str, Sequence[Any]], tuple[str, str]] | None = None
     name: str = "topk"
 
     def __call__(self, module: fx.GraphModule, graph_name: str = "graph") -> RewriteReport:
@@ -141,11 +142,21 @@ class TopKPass:
             raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")
         return name, detail
 
+    def _ffn_lowering_of(self, op: fx.Node) -> tuple[str, str]:
+        arguments: Any = fx.node.map_arg(op.args, value_of)
+        if self.ffn_lowering_of is None or any(x is None for x in arguments[:2]):
+            return self.lowering or "by what its tensors are", ""
+        name, detail = self.ffn_lowering_of(self.lowering, arguments)
+        if self.config.lowering == "cpu" != name:
+            raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")
+        return name, detail
+
     def _rewrite_ffn(self, site: FFNSite, validator: Validator | None) -> SiteReport:
         where = owner_path(site.products)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
-        pays = self.pays("ffn", site.tokens_shape, ffn_keep(config), _device(site.output))
+        hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.up.size)
+        pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
         refusal = _refuse_mapped(site.output) or judge_ffn(site, config, pays)
         detail = ""
         if refusal is None:
@@ -153,10 +164,12 @@ class TopKPass:
         if refusal is not None:
             return _refused(refusal, "ffn", where, **facts)
         try:
-            op = rewrite_ffn(site, ffn_keep(config))
+            op = rewrite_ffn(site, ffn_keep(config), self.config.lowering or "")
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
-        return SiteReport("ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering="aten", **facts)
+        name, why = self._ffn_lowering_of(op)
+        detail = "; ".join(filter(None, (detail, why)))
+        return SiteReport("ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering=name, **facts)
 
     def _validate(
         self, site: AttentionSite | FFNSite, where: str, validator: Validator | None

@@ -47,9 +47,9 @@ def topk_backend(
 
     config, inductor_options = split_options(options or {}, mode)
     chosen = lowering.choose(config)
-    report = TopKPass(config, chosen, functools.partial(lowering.pays, lowering=chosen), lowering.lowering_to_run)(
-        gm, f"graph {next(_graph_numbers)}"
-    )
+    pays = functools.partial(lowering.pays, lowering=chosen)
+    run = TopKPass(config, chosen, pays, lowering.lowering_to_run, lowering.ffn_lowering_of)
+    report = run(gm, f"graph {next(_graph_numbers)}")
     _reports.append(report)
     log.info("%s", report)
     return compile_with(config.inner, gm, example_inputs, inductor_options, cache_identity(chosen))

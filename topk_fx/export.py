@@ -34,7 +34,8 @@ def rewrite(program: Program, config: TopKConfig | None = None, **options: Any) 
     """
     config = as_config(config, options)
     chosen = lowering.choose(config)
-    run = TopKPass(config, chosen, functools.partial(lowering.pays, lowering=chosen), lowering.lowering_of)
+    pays = functools.partial(lowering.pays, lowering=chosen)
+    run = TopKPass(config, chosen, pays, lowering.lowering_of, lowering.ffn_lowering_of)
     if isinstance(program, ExportedProgram):
         return _rewrite_exported(program, run)  # type: ignore[return-value]
     if isinstance(program, fx.GraphModule):

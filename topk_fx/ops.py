@@ -9,8 +9,8 @@ The outer ops are composite: autograd, AOTAutograd and torch.export's decomposit
 so that the graph a person reads stays one line a site, while a training graph holds the two kernels. The rules for vmap
 are in `vmap`.
 
-`lowering` names what is to compute an attention; "" leaves it to the tensors. It is an argument so that a printed graph
-shows it and every cache's key holds it.
+`lowering` names what is to compute an attention or an FFN; "" leaves it to the tensors. It is an argument so that a
+printed graph shows it and every cache's key holds it.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ library.define(
 )
 library.define(
     "ffn(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
-    "Tensor? down_bias, str activation, SymInt k, float dropout_p=0.0) -> Tensor"
+    "Tensor? down_bias, str activation, SymInt k, float dropout_p=0.0, str lowering='') -> Tensor"
 )
 library.define(
     "ffn_forward(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, "
-    "Tensor down_weight, str activation, SymInt k, Tensor? dropout_keep, float dropout_p) "
+    "Tensor down_weight, str activation, SymInt k, Tensor? dropout_keep, float dropout_p, str lowering='') "
     "-> (Tensor output, Tensor indices, Tensor up, Tensor gate)"
 )
 library.define(
     "ffn_backward(Tensor grad, Tensor input, Tensor up_weight, Tensor? gate_weight, Tensor down_weight, "
-    "Tensor indices, Tensor up, Tensor gate, Tensor? dropout_keep, str activation, float dropout_p) "
+    "Tensor indices, Tensor up, Tensor gate, Tensor? dropout_keep, str activation, float dropout_p, "
+    "str lowering='') "
     "-> (Tensor input, Tensor up_weight, Tensor up_bias, Tensor gate_weight, Tensor gate_bias, Tensor down_weight)"
 )
 
@@ -294,6 +295,7 @@ def _ffn(
     activation: str,
     k: int,
     dropout_p: float = 0.0,
+    lowering: str = "",
 ) -> Tensor:
     check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     tokens = input.reshape(math.prod(input.shape[:-1]), input.size(-1))
@@ -301,7 +303,7 @@ def _ffn(
     if dropout_p > 0.0:
         keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p
     output, *_ = torch.ops.topk_fx.ffn_forward(
-        tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p
+        tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p, lowering
     )
     if down_bias is not None:
         output = output + down_bias
@@ -318,28 +320,28 @@ class _FFN(SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, _, keep, dropout_p = inputs
+        input, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, _, keep, *rest = inputs
         _, indices, up, gate = output
         ctx.mark_non_differentiable(indices, up, gate)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, up_weight, gate_weight, down_weight, indices, up, gate, keep)
-        ctx.activation, ctx.dropout_p = activation, dropout_p
+        ctx.activation, ctx.dropout_p, ctx.lowering = activation, *rest
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (up_bias, gate_bias)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 10
+            return (None,) * 11
         saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor no more than that
         has_gate = saved[2] is not None
         input, up_weight, up_bias, gate_weight, gate_bias, down_weight = torch.ops.topk_fx.ffn_backward(
-            grad, *saved, ctx.activation, ctx.dropout_p
+            grad, *saved, ctx.activation, ctx.dropout_p, ctx.lowering
         )
         up_dtype, gate_dtype = ctx.bias_dtypes
         up_bias = None if up_dtype is None else up_bias.to(up_dtype)
         gate_bias = None if gate_dtype is None else gate_bias.to(gate_dtype)
         gate_weight = gate_weight if has_gate else None
-        return input, up_weight, up_bias, gate_weight, gate_bias, down_weight, None, None, None, None
+        return input, up_weight, up_bias, gate_weight, gate_bias, down_weight, *(None,) * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -371,8 +373,17 @@ class _FFNBackward(SingleLevelFunction):
         raise UnsupportedDerivativeError("topk_fx::ffn_backward has no forward-mode derivative (jvp)")
 
 
-library.impl("ffn_forward", lambda *args: _FFN.run(*args), "Autograd")
-library.impl("ffn_backward", lambda *args: _FFNBackward.run(*args), "Autograd")
+# The dispatcher leaves out a last argument that has its default, `lowering`.
+def _ffn_forward(*args: Any) -> Any:
+    return _FFN.run(*args, *("",) * (11 - len(args)))
+
+
+def _ffn_backward(*args: Any) -> Any:
+    return _FFNBackward.run(*args, *("",) * (12 - len(args)))
+
+
+library.impl("ffn_forward", _ffn_forward, "Autograd")
+library.impl("ffn_backward", _ffn_backward, "Autograd")
 
 
 @torch.library.register_fake("topk_fx::ffn_forward", lib=library)
@@ -387,6 +398,7 @@ def _ffn_forward_fake(
     k: int,
     dropout_keep: Tensor | None,
     dropout_p: float,
+    lowering: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = input.size(0)
     kept = torch.sym_min(k, up_weight.size(0))
@@ -412,6 +424,7 @@ def _ffn_backward_fake(
     dropout_keep: Tensor | None,
     activation: str,
     dropout_p: float,
+    lowering: str = "",
 ) -> tuple[Tensor, ...]:
     gate_shape = (0,) if gate_weight is None else gate_weight.shape
     return (

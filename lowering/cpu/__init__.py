@@ -1,5 +1,15 @@
 """The lowering for processors: C++ kernels, compiled on first use."""
 
 from .attention import attention_backward, attention_forward, prepare, why_not
+from .ffn import ffn_forward, ffn_why_not
+from .ffn_backward import ffn_backward
 
-__all__ = ["attention_backward", "attention_forward", "prepare", "why_not"]
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "ffn_backward",
+    "ffn_forward",
+    "ffn_why_not",
+    "prepare",
+    "why_not",
+]

@@ -105,7 +105,83 @@ def test_aten_never_pays_by_time(kind, keep):
 )
 def test_kernels_pay_where_few_of_many_keys_are_kept(shape, keep, expected):
     assert lowering.pays("attention", shape, keep, "cpu", lowering="cpu") is expected
-    assert not lowering.pays("ffn", shape, keep, "cpu", lowering="cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep", "expected"),
+    [
+        ((1, 1, 8192), 0.1, True),
+        ((2, 2, 8192), 0.25, True),
+        ((1, 5, 8192), 0.25, False),
+        ((1, 1, 1024), 0.25, False),
+        ((1, 1, 8192), 0.9, False),
+        (None, 64, False),
+    ],
+)
+def test_kernels_of_ffns_pay_for_few_tokens_of_many_units(shape, keep, expected):
+    assert lowering.pays("ffn", shape, keep, "cpu") is expected
+    assert lowering.pays("ffn", shape, keep, "cpu", lowering="cpu") is expected
+    assert not lowering.pays("ffn", shape, keep, "cpu", lowering="aten")
+
+
+def ffn_arguments(tokens, units=16, dtype=torch.float32):
+    return torch.randn(tokens, 4).to(dtype), torch.randn(units, 4).to(dtype), torch.randn(4, units).to(dtype)
+
+
+def test_kernels_compute_ffns_of_few_tokens_and_the_report_says_why_not_of_many():
+    assert lowering.ffn_lowering_of("", ffn_arguments(3)) == ("cpu", "")
+    name, why = lowering.ffn_lowering_of("", ffn_arguments(500))
+    assert (name, why) == ("aten", "500 tokens: chunks of ATen calls take less time than C++ above 16")
+    assert lowering.ffn_lowering_of("cpu", ffn_arguments(500)) == ("cpu", "")
+    assert lowering.ffn_lowering_of("triton", ffn_arguments(3)) == ("aten", "there are no Triton kernels of FFNs")
+    name, why = lowering.ffn_lowering_of("", ffn_arguments(3, dtype=torch.float64))
+    assert (name, "torch.float64" in why) == ("aten", True)
+
+
+def test_backward_of_an_ffn_is_sparse_where_many_tokens_keep_few_units():
+    many, few = ffn_arguments(500, units=64), ffn_arguments(20, units=64)
+    assert lowering.ffn_lowering_of("", many, kept_in_backward=4) == ("cpu", "")
+    assert lowering.ffn_lowering_of("", many, kept_in_backward=32) == ("aten", "")
+    assert lowering.ffn_lowering_of("", few, kept_in_backward=4) == ("aten", "")
+    assert lowering.ffn_lowering_of("cpu", few, kept_in_backward=32) == ("cpu", "")
+
+
+@pytest.mark.parametrize("name", ["aten", "cpu"])
+def test_ffn_runs_the_lowering_that_it_names(name, monkeypatch):
+    calls = []
+    for module in (lowering.aten, lowering.cpu):
+        for function in ("ffn_forward", "ffn_backward"):
+            original = getattr(module, function)
+
+            def record(*args, original=original, module=module, function=function):
+                calls.append((module.__name__.rpartition(".")[2], function))
+                return original(*args)
+
+            monkeypatch.setattr(module, function, record)
+    input, up, down = (x.requires_grad_() for x in ffn_arguments(300))
+    rest = (None, down, None, "relu", 3)
+    torch.ops.topk_fx.ffn(input, up, None, None, *rest, lowering=name).sum().backward()
+    assert calls == [(name, "ffn_forward"), (name, "ffn_backward")]
+
+
+def test_forced_kernels_that_cannot_compute_an_ffn_are_an_error_that_says_why(monkeypatch):
+    input, up, down = ffn_arguments(2, dtype=torch.float64)
+    with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: input has dtype torch.float64"):
+        torch.ops.topk_fx.ffn(input, up, None, None, None, down, None, "relu", 3, lowering="cpu")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).double()
+    program = torch.export.export(model, (input,))
+    with pytest.raises(LoweringUnavailableError, match="lowering='cpu' cannot run: input has dtype torch.float64"):
+        topk_fx.rewrite(program, ffn_k=3, lowering="cpu")
+
+
+@pytest.mark.parametrize("name", ["aten", "cpu"])
+def test_report_names_what_computes_an_ffn(name):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    program = torch.export.export(model, (torch.randn(2, 4),))
+    assert [site.lowering for site in topk_fx.rewrite(program, ffn_k=3)[1]] == ["cpu"]
+    new, report = topk_fx.rewrite(program, ffn_k=3, lowering=name)
+    assert [site.lowering for site in report] == [name]
+    assert f"lowering='{name}'" in topk_fx.testing.graph_text(new)
 
 
 @pytest.mark.parametrize("op", ["attention_forward", "attention_backward", "ffn_forward", "ffn_backward"])

@@ -167,7 +167,7 @@ def test_what_pays_is_asked_with_the_site(pays: bool) -> None:
         TopKPass(TopKConfig(), "aten", does_pay)(DynamoTrace(model, (queries,)).program),
         TopKPass(TopKConfig(), "aten", does_pay)(DynamoTrace(Attention(), (queries, keys)).program),
     ]
-    assert asked == [("ffn", (2, 4), 0.25), ("attention", (2, 4, 200), 128)]
+    assert asked == [("ffn", (2, 4, HIDDEN), 0.25), ("attention", (2, 4, 200), 128)]
     assert [[site.reason for site in report] for report in reports] == [["" if pays else "dense_is_faster"]] * 2
 
 
