@@ -58,7 +58,7 @@ def attention_backward(
 
 def ffn_forward(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
@@ -79,7 +79,7 @@ def ffn_forward(
 def ffn_backward(
     grad: Tensor,
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     gate_weight: Tensor | None,
     down_weight: Tensor,
     indices: Tensor,
@@ -106,7 +106,7 @@ def _choose(
     return _LOWERINGS[name]
 
 
-def _choose_ffn(lowering: str, input: Tensor, up_weight: Tensor, kept_in_backward: int | None = None) -> Any:
+def _choose_ffn(lowering: str, input: Tensor, up_weight: Tensor | None, kept_in_backward: int | None = None) -> Any:
     name, why = ffn_lowering_of(lowering, (input, up_weight), kept_in_backward)
     if lowering == "cpu" != name:
         raise LoweringUnavailableError(f"lowering={lowering!r} cannot run: {why}")

@@ -52,8 +52,8 @@ class _Candidate:
             return None
         self.products = tuple(sorted({self.down.product, *(p for p, _ in parts)}, key=self.order.__getitem__))
         before = next((product for product, _ in parts if is_rewritten(product)), None)
-        if before is not None:
-            raise Refuse("layer_in_two_ffns", f"the up projection is the down projection of {before.name}")
+        if before is not None and len(parts) > 1:
+            return None  # what its hidden units and the tokens of another layer give meets here
         self.interior.update(self.reader.interior)
         activated = name_activation(hidden, self.reader, self._dtype())
         if activated is None:
@@ -65,18 +65,19 @@ class _Candidate:
         self._check_used_once()
         up = parts[activated.linear or activated.active]
         gate = parts[activated.active] if activated.linear is not None else None
-        layers = [_layer_of(part) for part in (up, gate) if part is not None]
+        layers = [] if before is not None else [_layer_of(part) for part in (up, gate) if part is not None]
         self._check_layers([*layers, self.down.layer])
-        x = self._input()
+        x = self._input(before)
         inputs = {x, *self.down.tensors, *(t for part in parts.values() for t in part.linear.tensors)}
         self._check_dtypes(inputs)
-        start = min(self.order[node] for node in (*self.interior, *self._views_of_input(x)))
+        passed = self._views_of_input(x) if before is None else ()
+        start = min(self.order[node] for node in (*self.interior, *passed))
         check_span("FFN", inputs, self.interior, start, self.down.product, self.order)
         return FFNSite(
             anchor=self.down.product,
             output=self.down.product,
             input=x,
-            up=layers[0],
+            up=layers[0] if layers else None,
             gate=layers[1] if gate is not None else None,
             down=self.down.layer,
             activation=activated.name,
@@ -110,9 +111,9 @@ class _Candidate:
         is_traced = all(value_of(node) is not None for node in self.reader.interior)
         return len(parts) == 1 or is_traced or not self.reader.has_views
 
-    def _input(self) -> fx.Node:
-        """The tokens, in an arrangement from which all layers got theirs."""
-        inputs = [part.linear.input for part in self.reader.parts.values()]
+    def _input(self, before: fx.Node | None) -> fx.Node:
+        """The tokens, in an arrangement from which all layers got theirs; or what the FFN `before` gives."""
+        inputs = [before] if before is not None else [part.linear.input for part in self.reader.parts.values()]
         x = inputs[0] if len(set(inputs)) == 1 else token_source(inputs[0])
         if self.reader.has_views or x not in inputs:
             are_matrices = x in inputs and all(read(p).kind == Kind.ADDMM for p in self.products)  # type: ignore[union-attr]

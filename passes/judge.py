@@ -28,7 +28,7 @@ def judge_ffn(site: FFNSite, config: SiteConfig, pays: bool) -> Refusal | None:
         return Refusal(
             "ffn_k_not_given", f"{site.activation} units are rarely zero: give ffn_k to rewrite it", site.output
         )
-    hidden_size = site.up.size
+    hidden_size = site.hidden_size
     if not isinstance(hidden_size, int):
         return Refusal("shape_unknown", "the shape of the up projection's weight was not traced", site.output)
     keep = ffn_keep(config)

@@ -61,7 +61,7 @@ def rewrite_ffn(site: FFNSite, keep: Keep, lowering: str = "") -> fx.Node:
     emit = Emitter(site.output)
     try:
         layers = [_emit_layer(emit, layer) for layer in (site.up, site.gate, site.down)]
-        kept = kept_count(keep, site.up.size)
+        kept = kept_count(keep, site.hidden_size)
         arguments = (site.input, *layers[0], *layers[1], *layers[2], site.activation, kept)
         dropout = _emit_dropout(emit, site.dropout_p, site.dropout_module)
         kwargs = {"lowering": lowering} if lowering else {}
@@ -280,8 +280,10 @@ def _emit_term(emit: Emitter, term: Term, query: fx.Node) -> fx.Node:
     if term.order is not None:
         node = _reorder(emit, node, term.order)
     if term.negated or term.multiplier != 1:
-        if dtype_of(node) != dtype:  # a narrower one could overflow, or wrap around
-            node = emit.call(aten.to.dtype, node, dtype)
+        # A narrower dtype could overflow, or wrap around; where tracing recorded none, the scores may be float64.
+        wide = torch.float64 if value is None else dtype
+        if dtype_of(node) != wide:
+            node = emit.call(aten.to.dtype, node, wide)
         factor = term.multiplier
         if term.negated:
             factor = emit.call(operator.neg, factor) if isinstance(factor, fx.Node) else -factor

@@ -155,13 +155,14 @@ class LinearLayer:
 class FFNSite:
     """down(dropout(act(up(x)))), or with a gate down(dropout(act(gate(x)) * up(x))).
 
-    `products` are the nodes that multiply by the weights.
+    `products` are the nodes that multiply by the weights. `up` is None where the layer before the activation is the
+    down projection of another FFN, whose op gives x: down(dropout(act(x))).
     """
 
     anchor: fx.Node
     output: fx.Node
     input: fx.Node
-    up: LinearLayer
+    up: LinearLayer | None
     gate: LinearLayer | None
     down: LinearLayer
     activation: str
@@ -171,6 +172,13 @@ class FFNSite:
     products: tuple[fx.Node, ...]
     tokens_shape: tuple[Any, ...] | None
     kind: str = "ffn"
+
+    @property
+    def hidden_size(self) -> Any:
+        """F, None if it was not traced."""
+        if self.up is not None:
+            return self.up.size
+        return None if self.down.shape is None else self.down.shape[1]
 
 
 Site = AttentionSite | FFNSite

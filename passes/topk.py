@@ -144,7 +144,7 @@ class TopKPass:
 
     def _ffn_lowering_of(self, op: fx.Node) -> tuple[str, str]:
         arguments: Any = fx.node.map_arg(op.args, value_of)
-        if self.ffn_lowering_of is None or any(x is None for x in arguments[:2]):
+        if self.ffn_lowering_of is None or arguments[0] is None or (op.args[1] is not None and arguments[1] is None):
             return self.lowering or "by what its tensors are", ""
         name, detail = self.ffn_lowering_of(self.lowering, arguments)
         if self.config.lowering == "cpu" != name:
@@ -155,9 +155,12 @@ class TopKPass:
         where = owner_path(site.products)
         config = self.config.at(where)
         facts = _ffn_facts(site, ffn_keep(config))
-        hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.up.size)
+        hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size)
         pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
         refusal = _refuse_mapped(site.output) or judge_ffn(site, config, pays)
+        if refusal is None and site.up is None and self.config.lowering == "cpu":
+            detail = "the C++ kernel starts at an up projection, which is the down projection of another FFN here"
+            refusal = Refusal("layer_in_two_ffns", detail, site.output)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
@@ -247,12 +250,12 @@ def _attention_facts(site: AttentionSite, keep: Keep) -> dict[str, Any]:
 
 
 def _ffn_facts(site: FFNSite, keep: Keep) -> dict[str, Any]:
-    if site.tokens_shape is None or site.up.size is None:
+    if site.tokens_shape is None or site.hidden_size is None:
         return {}
     dtype = dtype_of(site.output)
     itemsize = dtype.itemsize if dtype is not None else _WEIGHT_BYTES
-    shapes = {"tokens": _text(site.tokens_shape), "hidden": str(site.up.size)}
-    return {"shapes": shapes, **_sizes(site.tokens_shape, site.up.size, keep, itemsize)}
+    shapes = {"tokens": _text(site.tokens_shape), "hidden": str(site.hidden_size)}
+    return {"shapes": shapes, **_sizes(site.tokens_shape, site.hidden_size, keep, itemsize)}
 
 
 def _sizes(rows: tuple[Any, ...], total: Any, keep: Keep, itemsize: int) -> dict[str, int]:

@@ -332,7 +332,7 @@ def _run_dense(dense: Extract, values: dict[str, Any], device: torch.device | No
 
 def _entries(site: AttentionSite | FFNSite) -> int:
     if isinstance(site, FFNSite):
-        shape = None if site.tokens_shape is None else (*site.tokens_shape, (site.up.shape or (1,))[0])
+        shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size or 1)
     else:
         shape = site.scores_shape
     return math.prod(_number(size) for size in shape or ())

@@ -77,7 +77,7 @@ def attention(
 
 def ffn(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     down_weight: Tensor,
     *,
     k: Keep,
@@ -94,7 +94,7 @@ def ffn(
 
     Args:
         input: [..., D], floating-point.
-        up_weight: [F, D], as nn.Linear holds it, and up_bias [F].
+        up_weight: [F, D], as nn.Linear holds it, and up_bias [F]. None: the input is [..., F], and h = act(x).
         down_weight: [Dout, F], and down_bias [Dout].
         k: units kept per token: an int >= 1, a float in (0, 1] (a share of F, rounded up), or "all".
         activation: "relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu" or "sigmoid" (of GLU).
@@ -117,7 +117,7 @@ def ffn(
         )
     check_ffn_inputs(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     _check_dropout(dropout_p)
-    kept = min(kept_count(keep, up_weight.size(0)), 2**62)
+    kept = min(kept_count(keep, down_weight.size(1)), 2**62)
     return torch.ops.topk_fx.ffn(
         input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation, kept, dropout_p
     )

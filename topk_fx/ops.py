@@ -45,16 +45,16 @@ library.define(
     "-> Tensor[]"
 )
 library.define(
-    "ffn(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
+    "ffn(Tensor input, Tensor? up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
     "Tensor? down_bias, str activation, SymInt k, float dropout_p=0.0, str lowering='') -> Tensor"
 )
 library.define(
-    "ffn_forward(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, "
+    "ffn_forward(Tensor input, Tensor? up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, "
     "Tensor down_weight, str activation, SymInt k, Tensor? dropout_keep, float dropout_p, str lowering='') "
     "-> (Tensor output, Tensor indices, Tensor up, Tensor gate)"
 )
 library.define(
-    "ffn_backward(Tensor grad, Tensor input, Tensor up_weight, Tensor? gate_weight, Tensor down_weight, "
+    "ffn_backward(Tensor grad, Tensor input, Tensor? up_weight, Tensor? gate_weight, Tensor down_weight, "
     "Tensor indices, Tensor up, Tensor gate, Tensor? dropout_keep, str activation, float dropout_p, "
     "str lowering='') "
     "-> (Tensor input, Tensor up_weight, Tensor up_bias, Tensor gate_weight, Tensor gate_bias, Tensor down_weight)"
@@ -286,7 +286,7 @@ def _attention_backward_fake(
 
 def _ffn(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
@@ -301,7 +301,7 @@ def _ffn(
     tokens = input.reshape(math.prod(input.shape[:-1]), input.size(-1))
     keep = None
     if dropout_p > 0.0:
-        keep = torch.rand(tokens.size(0), torch.sym_min(k, up_weight.size(0)), device=input.device) >= dropout_p
+        keep = torch.rand(tokens.size(0), torch.sym_min(k, down_weight.size(1)), device=input.device) >= dropout_p
     output, *_ = torch.ops.topk_fx.ffn_forward(
         tokens, up_weight, up_bias, gate_weight, gate_bias, down_weight, activation, k, keep, dropout_p, lowering
     )
@@ -333,14 +333,14 @@ class _FFN(SingleLevelFunction):
         if grad is None:
             return (None,) * 11
         saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor no more than that
-        has_gate = saved[2] is not None
+        has_up, has_gate = saved[1] is not None, saved[2] is not None
         input, up_weight, up_bias, gate_weight, gate_bias, down_weight = torch.ops.topk_fx.ffn_backward(
             grad, *saved, ctx.activation, ctx.dropout_p, ctx.lowering
         )
         up_dtype, gate_dtype = ctx.bias_dtypes
         up_bias = None if up_dtype is None else up_bias.to(up_dtype)
         gate_bias = None if gate_dtype is None else gate_bias.to(gate_dtype)
-        gate_weight = gate_weight if has_gate else None
+        up_weight, gate_weight = up_weight if has_up else None, gate_weight if has_gate else None
         return input, up_weight, up_bias, gate_weight, gate_bias, down_weight, *(None,) * 5
 
     @staticmethod
@@ -389,7 +389,7 @@ library.impl("ffn_backward", _ffn_backward, "Autograd")
 @torch.library.register_fake("topk_fx::ffn_forward", lib=library)
 def _ffn_forward_fake(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
@@ -401,7 +401,7 @@ def _ffn_forward_fake(
     lowering: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = input.size(0)
-    kept = torch.sym_min(k, up_weight.size(0))
+    kept = torch.sym_min(k, down_weight.size(1))
     dtype = compute(input).dtype
     return (
         input.new_empty(tokens, down_weight.size(0)),
@@ -415,7 +415,7 @@ def _ffn_forward_fake(
 def _ffn_backward_fake(
     grad: Tensor,
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     gate_weight: Tensor | None,
     down_weight: Tensor,
     indices: Tensor,
@@ -426,12 +426,12 @@ def _ffn_backward_fake(
     dropout_p: float,
     lowering: str = "",
 ) -> tuple[Tensor, ...]:
-    gate_shape = (0,) if gate_weight is None else gate_weight.shape
+    up_shape, gate_shape = ((0,) if x is None else x.shape for x in (up_weight, gate_weight))
     return (
         input.new_empty(input.shape),
-        up_weight.new_empty(up_weight.shape),
-        up.new_empty(up_weight.size(0)),
-        up_weight.new_empty(gate_shape),
+        down_weight.new_empty(up_shape),
+        up.new_empty(up_shape[0]),
+        down_weight.new_empty(gate_shape),
         up.new_empty(gate_shape[0]),
         down_weight.new_empty(down_weight.shape),
     )

@@ -83,7 +83,7 @@ def topk_softmax(scores: Tensor, k: Keep, *, empty_row: float = math.nan) -> Ten
 
 def ffn(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     down_weight: Tensor,
     *,
     k: Keep,
@@ -95,7 +95,9 @@ def ffn(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """The k hidden units of largest magnitude of each token, projected down. Arguments as `topk_fx.ffn`."""
-    up = F.linear(compute(input), compute(up_weight), None if up_bias is None else compute(up_bias))
+    up = compute(input)
+    if up_weight is not None:
+        up = F.linear(up, compute(up_weight), None if up_bias is None else compute(up_bias))
     if gate_weight is None:
         hidden = ACTIVATIONS[activation].function(up)
     else:

@@ -119,14 +119,17 @@ def _join_operand(x: Tensor, batch: Sequence[int]) -> Tensor:
 
 def check_ffn_inputs(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
 ) -> None:
-    """ShapeError or DTypeError unless input [..., D] and the weights, as `nn.Linear` holds them, fit."""
+    """ShapeError or DTypeError unless input [..., D] and the weights, as `nn.Linear` holds them, fit.
+
+    Without an up projection the input is [..., F]: what it would give.
+    """
     given = {
         "input": input,
         "up_weight": up_weight,
@@ -136,7 +139,7 @@ def check_ffn_inputs(
         "down_weight": down_weight,
         "down_bias": down_bias,
     }
-    optional = ("up_bias", "gate_weight", "gate_bias", "down_bias")
+    optional = ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_bias")
     tensors = {name: x for name, x in given.items() if x is not None or name not in optional}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -147,14 +150,18 @@ def check_ffn_inputs(
             raise DTypeError(f"{name} has dtype {x.dtype} and input {input.dtype}; they must be the same")
     if input.dim() < 1:
         raise ShapeError("input is a scalar; accepted: [..., model size]")
-    if up_weight.dim() != 2 or down_weight.dim() != 2:
+    if down_weight.dim() != 2 or (up_weight is not None and up_weight.dim() != 2):
+        up_shape = None if up_weight is None else tuple(up_weight.shape)
         raise ShapeError(
-            f"up_weight has shape {tuple(up_weight.shape)} and down_weight {tuple(down_weight.shape)}; accepted: "
+            f"up_weight has shape {up_shape} and down_weight {tuple(down_weight.shape)}; accepted: "
             "[hidden size, model size] and [output size, hidden size], as nn.Linear holds them"
         )
+    for name in ("up_bias", "gate_weight"):
+        if up_weight is None and name in tensors:
+            raise ShapeError(f"{name} was given without up_weight; without one the input is what is activated")
     if gate_bias is not None and gate_weight is None:
         raise ShapeError("gate_bias was given without gate_weight; a gate bias needs a gate")
-    hidden, model = up_weight.shape
+    hidden, model = (down_weight.size(1),) * 2 if up_weight is None else up_weight.shape
     expected = {
         "input": (*input.shape[:-1], model),
         "up_bias": (hidden,),
@@ -166,6 +173,12 @@ def check_ffn_inputs(
     for name, shape in expected.items():
         x = tensors.get(name)
         if x is not None and tuple(x.shape) != shape:
-            raise ShapeError(
-                f"{name} has shape {tuple(x.shape)}; with up_weight {tuple(up_weight.shape)} it must be {tuple(shape)}"
-            )
+            given = _hidden_by(up_weight, down_weight)
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; with {given} it must be {tuple(shape)}")
+
+
+def _hidden_by(up_weight: Tensor | None, down_weight: Tensor) -> str:
+    """What tells the number of hidden units."""
+    if up_weight is None:
+        return f"down_weight {tuple(down_weight.shape)} and no up_weight"
+    return f"up_weight {tuple(up_weight.shape)}"

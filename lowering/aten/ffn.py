@@ -22,7 +22,7 @@ HIDDEN_BUDGET = 2**23
 
 def ffn_forward(
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
@@ -33,19 +33,23 @@ def ffn_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [N, D], unit indices int32, and the pre-activations of the kept units (up, and gate or empty), [N, k]."""
-    tokens, hidden_size = input.size(0), up_weight.size(0)
+    tokens, hidden_size = input.size(0), down_weight.size(1)
     kept = min(k, hidden_size)
     dtype = compute(input).dtype
     output = input.new_empty(tokens, down_weight.size(0))
     indices = torch.empty(tokens, kept, dtype=torch.int32, device=input.device)
     up_kept = input.new_empty(tokens, kept, dtype=dtype)
     gate_kept = input.new_empty(tokens, kept if gate_weight is not None else 0, dtype=dtype)
-    weights = {"up": compute(up_weight), "down": compute(down_weight)}
+    weights = {"down": compute(down_weight)}
+    if up_weight is not None:
+        weights["up"] = compute(up_weight)
     if gate_weight is not None:
         weights["gate"] = compute(gate_weight)
     for rows in _chunks(tokens, hidden_size):
         x = compute(input[rows])
-        up = F.linear(x, weights["up"], None if up_bias is None else up_bias.to(dtype))
+        up = x
+        if up_weight is not None:
+            up = F.linear(x, weights["up"], None if up_bias is None else up_bias.to(dtype))
         gate = None
         if gate_weight is not None:
             gate = F.linear(x, weights["gate"], None if gate_bias is None else gate_bias.to(dtype))
@@ -66,7 +70,7 @@ def ffn_forward(
 def ffn_backward(
     grad: Tensor,
     input: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     gate_weight: Tensor | None,
     down_weight: Tensor,
     indices: Tensor,
@@ -76,17 +80,17 @@ def ffn_backward(
     activation: str,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of input, up weight and bias, gate weight and bias (empty if there is none), and down weight."""
-    tokens, hidden_size = input.size(0), up_weight.size(0)
+    """The gradients of input, up weight and bias, gate weight and bias, and down weight; empty for what is None."""
+    tokens, hidden_size = input.size(0), down_weight.size(1)
     dtype = up.dtype
     derivative = ACTIVATIONS[activation].derivative
-    down, up_rows = compute(down_weight), compute(up_weight)
+    down = compute(down_weight)
+    up_rows = None if up_weight is None else compute(up_weight)
     gate_rows = None if gate_weight is None else compute(gate_weight)
     grad_input = input.new_empty(input.shape)
-    grad_up, grad_down = torch.zeros_like(up_rows), torch.zeros_like(down)
-    grad_up_bias = grad_up.new_zeros(hidden_size)
-    grad_gate = grad_up.new_zeros((0,) if gate_weight is None else gate_weight.shape)
-    grad_gate_bias = grad_up.new_zeros(grad_gate.size(0))
+    grad_down = torch.zeros_like(down)
+    grad_up, grad_gate = (down.new_zeros((0,) if x is None else x.shape) for x in (up_weight, gate_weight))
+    grad_up_bias, grad_gate_bias = (down.new_zeros(x.size(0)) for x in (grad_up, grad_gate))
     for rows in _chunks(tokens, hidden_size):
         chosen = indices[rows].long()
         y = grad[rows].to(dtype)
@@ -109,14 +113,17 @@ def ffn_backward(
             grad_gate_bias += dense.sum(0)
             grad_x = dense @ gate_rows
         dense.zero_().scatter_(-1, chosen, grad_up_kept)
+        if up_rows is None:
+            grad_input[rows] = dense.to(input.dtype)
+            continue
         grad_up += dense.T @ x
         grad_up_bias += dense.sum(0)
         grad_input[rows] = (grad_x + dense @ up_rows).to(input.dtype)
     return (
         grad_input,
-        grad_up.to(up_weight.dtype),
+        grad_up.to(down_weight.dtype),
         grad_up_bias,
-        grad_gate.to(up_weight.dtype),
+        grad_gate.to(down_weight.dtype),
         grad_gate_bias,
         grad_down.to(down_weight.dtype),
     )

@@ -39,12 +39,14 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def ffn_why_not(input: Tensor, up_weight: Tensor) -> str:
+def ffn_why_not(input: Tensor, up_weight: Tensor | None) -> str:
     """Why the C++ kernel cannot compute an FFN of these tensors, or ""."""
     if input.device.type != "cpu":
         return f"input is on {input.device}"
     if input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"input has dtype {input.dtype}; there are kernels for float32, bfloat16 and float16"
+    if up_weight is None:
+        return "there is no up projection, whose product with the tokens the kernel computes"
     hidden_size = up_weight.size(0)
     if isinstance(hidden_size, int) and hidden_size > _MOST_UNITS:
         return f"there are more than {_MOST_UNITS} hidden units"

@@ -65,6 +65,16 @@ def test_output_and_gradients_match_the_definition(k, gated, dtype):
     assert output.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 5, 0.3, "all"])
+def test_without_an_up_projection_the_input_is_what_is_activated(k, dtype):
+    (_, _, down_weight), named = ffn_inputs(TOKENS, biased=True, dtype=dtype)
+    input = integers(2, TOKENS, HIDDEN).to(dtype).requires_grad_()
+    for activation in ("relu", "gelu"):
+        output = check(input, None, down_weight, k=k, activation=activation, down_bias=named["down_bias"])
+    assert output.shape == (2, TOKENS, OUTPUT)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_matches_the_definition(activation, gated):
@@ -254,6 +264,9 @@ def test_ffn_passes_opcheck(dtype, gated):
         *(down_weight, named.get("down_bias"), "silu", 5),
     )
     torch.library.opcheck(torch.ops.topk_fx.ffn.default, args)
+    if not gated:
+        args = (torch.randn(2, 3, HIDDEN).to(dtype), None, None, None, None, down_weight, None, "silu", 5)
+        torch.library.opcheck(torch.ops.topk_fx.ffn.default, args)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

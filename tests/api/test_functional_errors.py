@@ -120,6 +120,11 @@ def test_attention_refuses_types_that_do_not_fit(mistake):
 
 FFN_SHAPES = {
     "input": ({"input": (9, 7)}, r"input has shape \(9, 7\); with up_weight \(16, 6\) it must be \(9, 6\)"),
+    "input_without_up": ({"up_weight": None}, r"input has shape \(9, 6\); .* and no up_weight it must be \(9, 16\)"),
+    "bias_without_up": (
+        {"up_weight": None, "input": (9, 16), "up_bias": ones(16)},
+        "up_bias was given without up_weight; without one the input is what is activated",
+    ),
     "input_0d": ({"input": ()}, r"input is a scalar; accepted: \[\.\.\., model size\]"),
     "up_weight_1d": ({"up_weight": (16,)}, r"up_weight has shape \(16,\) and down_weight \(5, 16\); accepted"),
     "up_weight_3d": ({"up_weight": (2, 16, 6)}, r"up_weight has shape \(2, 16, 6\)"),
@@ -144,7 +149,7 @@ def test_ffn_refuses_shapes_that_do_not_fit(mistake):
 
 FFN_TYPES = {
     "input_number": ({"input": 3}, "input is a int; accepted: a torch.Tensor"),
-    "up_weight_none": ({"up_weight": None}, "up_weight is a NoneType; accepted: a torch.Tensor"),
+    "down_weight_none": ({"down_weight": None}, "down_weight is a NoneType; accepted: a torch.Tensor"),
     "input_int": ({"input": ones(9, 6).long()}, "input has dtype torch.int64; accepted: float64, float32"),
     "up_weight_half": ({"up_weight": ones(16, 6).half()}, "up_weight has dtype torch.float16 and input torch.float32"),
     "up_bias_double": ({"up_bias": ones(16).double()}, "up_bias has dtype torch.float64 and input torch.float32"),

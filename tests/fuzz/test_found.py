@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from checks import guards_of
 from models import Calling, ExportTrace, values_and_gradients
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim
 
 import topk_fx
@@ -35,6 +35,17 @@ def test_bias_of_float64_looked_up_and_scaled_is_not_rounded_to_float32() -> Non
         return torch.add(q @ k.mT, table[distance.clamp(0, 3)], alpha=2).softmax(-1) @ v
 
     assert check(model, *drawn((5, 2), (4, 2), (4, 3), (4,))) == [""]
+
+
+@pytest.mark.parametrize("alpha", [2, -1])
+def test_multiple_of_a_bias_of_float64_is_not_rounded_where_dtypes_are_unknown(alpha: int) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return torch.add(q @ k.mT, bias, alpha=alpha).softmax(-1) @ v
+
+    inputs = drawn((3, 2), (4, 2), (4, 3), (4,))
+    rewritten, report = topk_fx.rewrite(fx.symbolic_trace(model), k="all")
+    assert [site.rewritten for site in report] == [True]
+    torch.testing.assert_close(rewritten(*inputs), model(*inputs), rtol=0, atol=1e-12)
 
 
 def test_choice_by_a_condition_that_always_holds_is_no_choice() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TRACERS, DynamoTrace, ExportTrace, SymbolicTrace, assert_same, leaves, values_and_gradients
+from models import TRACERS, DynamoTrace, ExportTrace, SymbolicTrace, assert_same, drawn, leaves, values_and_gradients
 from torch import Tensor, nn
 
 import topk_fx
@@ -570,7 +570,15 @@ def query_from_ffn(x: Tensor, up: Tensor, back: Tensor) -> Tensor:
     return (query @ x.transpose(-2, -1)).softmax(-1) @ x
 
 
-REGIONS = [units_quantised, three_layers, ffn_of_ffn, gate_of_ffn, query_from_ffn]
+def three_layers_of_viewed_tokens(x: Tensor, up: Tensor, square: Tensor, down: Tensor) -> Tensor:
+    """What lies between the layers arranges the tokens anew."""
+    hidden = F.linear(F.relu(F.linear(x, up)), square).flatten(0, 1)
+    return F.linear(F.dropout(F.gelu(hidden), 0.5, training=False), down).unflatten(0, x.shape[:2])
+
+
+REGIONS = [
+    units_quantised, three_layers, three_layers_of_viewed_tokens, ffn_of_ffn, gate_of_ffn, query_from_ffn,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("model", REGIONS, ids=lambda model: model.__name__)
@@ -583,7 +591,30 @@ def test_adjoining_regions_compute_what_dense_computes(model: Callable[..., Tens
     assert_same(rewritten(*inputs), model(*inputs))
     assert bool(report.rewritten) == (model is not units_quantised)
     if model is three_layers:
-        assert [site.reason for site in report] == ["", "layer_in_two_ffns"]
+        assert [site.reason for site in report] == ["", ""]
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_layers_of_three_keep_units_twice(tracer: str) -> None:
+    """The second FFN begins at what the first puts out: its hidden units are activated, and no layer is left to them."""
+    x, up, down = (tensors()[name] for name in ("x", "up", "down"))
+    inputs = [y.clone().requires_grad_() for y in (x, up, drawn(HIDDEN, HIDDEN), down)]
+    rewritten, report, text = TRACERS[tracer](three_layers, inputs).rewrite(ffn_k=K)
+    assert [site.rewritten for site in report] == [True, True]
+    assert "linear" not in text
+
+    def expected(x: Tensor, up: Tensor, square: Tensor, down: Tensor) -> Tensor:
+        return reference.ffn(reference.ffn(x, up, square, k=K), None, down, k=K)
+
+    assert_same(values_and_gradients(rewritten, inputs), values_and_gradients(expected, inputs))
+
+
+def test_kernel_that_starts_at_an_up_projection_leaves_the_second_of_three_layers_dense() -> None:
+    x, up, down = (tensors()[name] for name in ("x", "up", "down"))
+    inputs = (x, up, drawn(HIDDEN, HIDDEN), down)
+    rewritten, report, _ = DynamoTrace(three_layers, inputs).rewrite(k="all", lowering="cpu")
+    assert [site.reason for site in report] == ["", "layer_in_two_ffns"]
+    assert_same(rewritten(*inputs), three_layers(*inputs))
 
 
 def test_ffn_beside_attention_is_rewritten_by_itself() -> None:

@@ -441,11 +441,6 @@ def relu6(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.relu6(F.linear(x, up)), down)
 
 
-@refused("layer_in_two_ffns")
-def activation_of_what_an_ffn_puts_out(x: Tensor, up: Tensor, down: Tensor, output: Tensor) -> Tensor:
-    return F.linear(F.relu(topk_fx.ffn(x, up, down, k=3)), output)
-
-
 @refused("moe_experts")
 def experts_batched(x: Tensor, experts_up: Tensor, experts_down: Tensor) -> Tensor:
     tokens = x.view(1, 10, 8).expand(4, 10, 8)
