@@ -28,7 +28,7 @@ CHAIN = {
     Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.MASKED_FILL, Kind.WHERE, Kind.CAST,
     Kind.SAME, Kind.DROPOUT, Kind.ADDCMUL, *MOVES,
 }  # fmt: skip
-_PRODUCTS = {Kind.MATMUL, Kind.BADDBMM, Kind.EINSUM, Kind.ADDMM}
+PRODUCTS = {Kind.MATMUL, Kind.BADDBMM, Kind.EINSUM, Kind.ADDMM}
 _STRICT_PRODUCTS = {
     torch.mm, torch.bmm, "mm", "bmm", torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
 }  # fmt: skip
@@ -112,7 +112,7 @@ class ScorePath:
         while True:
             node = self._current(node, user)
             call = read(node)
-            if call is not None and call.kind in _PRODUCTS:
+            if call is not None and call.kind in PRODUCTS:
                 self.trace.interior.add(node)
                 return node, events, key_axis
             if call is not None and call.kind == Kind.CAT:
@@ -165,7 +165,7 @@ class ScorePath:
         start = node
         while True:
             call = read(node)
-            if call is not None and call.kind in _PRODUCTS:
+            if call is not None and call.kind in PRODUCTS:
                 return node
             source = None if call is None else self._score_source(call)
             if call is not None and call.kind == Kind.CAT:
@@ -343,7 +343,7 @@ def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
     call = read(node)
     if call is None or depth == 0:
         return False
-    if call.kind in _PRODUCTS:
+    if call.kind in PRODUCTS:
         return True
     if call.kind == Kind.CAT:
         arguments = call["input"] if isinstance(call["input"], (list, tuple)) else ()
@@ -370,6 +370,6 @@ def _may_lead_to_product(node: fx.Node, depth: int = 24) -> bool:
 def _reaches_product(node: fx.Node, depth: int = 4) -> bool:
     """Whether a product stands a few nodes back, whatever lies between."""
     call = read(node)
-    if call is not None and call.kind in _PRODUCTS:
+    if call is not None and call.kind in PRODUCTS:
         return True
     return depth > 0 and any(_reaches_product(x, depth - 1) for x in node.all_input_nodes)

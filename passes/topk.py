@@ -25,6 +25,7 @@ from .ffn import find_ffn
 from .judge import ffn_keep, judge_attention, judge_ffn
 from .open_calls import Autocasts, OpenError, autocasts_of_bodies, can_open, open_call, why_closed
 from .rewrite import rewrite_attention, rewrite_ffn
+from .shared_scores import split_scores
 from .sites import AttentionSite, FFNSite, Refusal
 from .softmax import read_softmax
 from .trace import Order
@@ -84,11 +85,24 @@ class TopKPass:
         """The report on the candidate that a node anchors, if it does."""
         site = find_site(node, order)
         if isinstance(site, Refusal):
-            yield _refused(site)
+            yield self._rewrite_sharing(site, node, order, validator)
         elif isinstance(site, AttentionSite):
             yield self._rewrite_attention(site, validator)
         elif site is not None:
             yield self._rewrite_ffn(site, validator)
+
+    def _rewrite_sharing(
+        self, refusal: Refusal, node: fx.Node, order: Order, validator: Validator | None
+    ) -> SiteReport:
+        """The report on a refused candidate, which may be rewritten once it has scores of its own."""
+        split = split_scores(node, order) if refusal.reason == "scores_used_elsewhere" else None
+        if split is None:
+            return _refused(refusal)
+        site = find_site(node, _positions(node.graph))
+        report = self._rewrite_attention(site, validator) if isinstance(site, AttentionSite) else _refused(refusal)
+        if not report.rewritten:
+            split.undo()
+        return report
 
     def _rewrite_inside(self, call: fx.Node, autocasts: Autocasts, validator: Validator | None) -> Iterator[SiteReport]:
         """Opens a call that hides candidates, and closes it again if none of them is rewritten."""

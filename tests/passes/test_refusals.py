@@ -466,8 +466,8 @@ def test_refusal_names_its_reason_and_leaves_the_graph(case: Refused) -> None:
 
 
 FROM_CONFIG = {"disabled_by_config", "k_covers_all_keys", "k_covers_all_units", "dense_is_faster", "ffn_k_not_given",
-               "validation_failed"}  # fmt: skip
-"""Reasons that a configuration gives: test_judge.py and test_validate.py have them."""
+               "layer_in_two_ffns", "validation_failed"}  # fmt: skip
+"""Reasons that a configuration gives: test_judge.py, test_validate.py and test_find_ffn.py have them."""
 
 
 def test_every_reason_has_a_model() -> None:
