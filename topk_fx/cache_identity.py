@@ -14,7 +14,11 @@ from typing import Any
 
 from torch import fx
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+_InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+"""The base of passes that are told whether gradients are needed; torch 2.11 has none."""
 
 
 @functools.cache
@@ -41,23 +45,27 @@ def cache_identity(lowering_name: str) -> str:
 
 
 def with_identity(options: dict[str, Any], identity: str) -> dict[str, Any]:
-    """Inductor's `options` with the identity in its cache keys. A pass of the user's own still runs and counts."""
-    users_pass = options.get("post_grad_custom_pre_pass", inductor_config.post_grad_custom_pre_pass)
-    return {**options, "post_grad_custom_pre_pass": _Identity(identity, users_pass)}
+    """Inductor's `options` with the identity in its cache keys. The user's own pass, or passes, still run and count."""
+    given = options.get("post_grad_custom_pre_pass", inductor_config.post_grad_custom_pre_pass)
+    passes = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    return {**options, "post_grad_custom_pre_pass": _Identity(identity, passes)}
 
 
-class _Identity(CustomGraphPass):
-    """Does nothing but be part of the key, and run the pass whose place it takes."""
+class _Identity(_InferenceAwarePass or CustomGraphPass):  # type: ignore[misc]
+    """Does nothing but be part of the key, and run the passes whose place it takes."""
 
-    def __init__(self, identity: str, users_pass: Any) -> None:
-        self.identity, self.users_pass = identity, users_pass
+    def __init__(self, identity: str, users_passes: tuple[Any, ...]) -> None:
+        self.identity, self.users_passes = identity, users_passes
 
-    def __call__(self, graph: fx.Graph) -> None:
-        if self.users_pass is not None:
-            self.users_pass(graph)
+    def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
+        for users_pass in self.users_passes:
+            if _InferenceAwarePass and isinstance(users_pass, _InferenceAwarePass):
+                users_pass(graph, is_inference)
+            else:
+                users_pass(graph)
 
     def uuid(self) -> Any:
-        if self.users_pass is None:
+        if not self.users_passes:
             return self.identity
-        inner = self.users_pass.uuid() if isinstance(self.users_pass, CustomGraphPass) else None
-        return None if inner is None else (self.identity, inner)  # None: Inductor does not cache
+        inner = [x.uuid() if isinstance(x, CustomGraphPass) else None for x in self.users_passes]
+        return (self.identity, *inner) if all(inner) else None  # None: Inductor does not cache

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from torch import fx
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import topk_fx
@@ -121,5 +122,35 @@ def test_pass_without_a_uuid_turns_caching_off_as_inductor_does():
     graphs = []
     assert key({"post_grad_custom_pre_pass": graphs.append}) is None
     assert key({"post_grad_custom_pre_pass": Recorder(None)}) is None
+    assert key({"post_grad_custom_pre_pass": Recorder("")}) is None
+    assert key({"post_grad_custom_pre_pass": [Recorder("a"), graphs.append]}) is None
     with_identity({"post_grad_custom_pre_pass": graphs.append}, "topk_fx")["post_grad_custom_pre_pass"]("graph")
     assert graphs == ["graph"]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_passes_run_in_their_order_and_all_count(kind):
+    seen = []
+    first, last = Recorder("a"), Recorder("b")
+    passes = kind([first, lambda graph: seen.append(len(last.graphs)), last])
+    with_identity({"post_grad_custom_pre_pass": passes}, "topk_fx")["post_grad_custom_pre_pass"]("graph")
+    assert (first.graphs, seen, last.graphs) == (["graph"], [0], ["graph"])
+    keys = [key({"post_grad_custom_pre_pass": kind(map(Recorder, names))}) for names in ("ab", "ac", "ba", "a", "")]
+    assert keys == [("topk_fx", "a", "b"), ("topk_fx", "a", "c"), ("topk_fx", "b", "a"), ("topk_fx", "a"), "topk_fx"]
+
+
+@pytest.mark.skipif(not hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass"), reason="this torch has no such pass")
+def test_pass_that_asks_whether_gradients_are_needed_is_told():
+    class Asking(custom_graph_pass.CustomInferenceAwareGraphPass):
+        def __call__(self, graph, is_inference):
+            seen.append(is_inference)
+
+        def uuid(self):
+            return "asking"
+
+    seen = []
+    ours = with_identity({"post_grad_custom_pre_pass": Asking()}, "topk_fx")["post_grad_custom_pre_pass"]
+    assert isinstance(ours, custom_graph_pass.CustomInferenceAwareGraphPass)  # so that Inductor tells it
+    ours("graph", is_inference=True)
+    ours("graph", is_inference=False)
+    assert seen == [True, False]
