@@ -65,6 +65,10 @@ inline __attribute__((always_inline)) void dots_of_group(const T* first_row, int
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) sums[r][t] = zero();
   }
+  // The processor foresees how a row goes on, but not where the next one begins.
+  for (int r = 0; r < ROWS; r++)
+    for (int line = 0; line < 4; line++)
+      prefetch(reinterpret_cast<const char*>(rows[r] + ROWS * row_stride) + line * 64);
   const int64_t whole = columns / STEP * STEP;
   for (int64_t c = 0; c < whole; c += STEP) {
 #pragma GCC unroll 8
