@@ -41,7 +41,7 @@ KEPT_SHARE_OF_BACKWARD = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
 
 MOST_TOKENS_THAT_PAY, FEWEST_UNITS_THAT_PAY = 4, 2048
 """A top-k FFN in C++ takes less time than the dense one for so few tokens of so many hidden units. Measured, SwiGLU
-2048 -> 8192, time of C++ / dense: float32 .87 at 1 token, .42 at 2, .44 at 4, .66 at 8; bfloat16 .52, .66, .75, 1.03.
+2048 -> 8192, time of C++ / dense: float32 .90 at 1 token, .41 at 2, .40 at 4, .57 at 8; bfloat16 .55, .74, .81, 1.12.
 """
 
 

@@ -12,6 +12,7 @@ from inputs import assert_near, double, integers
 from topk_fx.lowering import aten, cpu
 from topk_fx.lowering.cpu import build, ffn
 
+import topk_fx
 from topk_fx import reference
 from topk_fx.activation import ACTIVATIONS
 
@@ -262,6 +263,59 @@ def test_output_and_gradients_of_the_op_match_the_definition(gated):
     grads, wanted = (torch.autograd.grad(y, list(leaves.values()), grad) for y in (output, expected))
     for x, y in zip(grads, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+# --- compiled
+
+
+def ffn_of_relu(model=8, hidden=2048):
+    return torch.nn.Sequential(torch.nn.Linear(model, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, model))
+
+
+def test_compiled_ffn_of_few_tokens_runs_the_kernel_and_reports_it():
+    module = ffn_of_relu()
+    x = torch.randn(2, 8, requires_grad=True)
+    output = torch.compile(module, backend="topk", options={"ffn_k": 100}, fullgraph=True)(x)
+    assert [(site.kind, site.lowering, site.detail) for site in topk_fx.reports()[-1]] == [("ffn", "cpu", "")]
+    up, _, down = module
+    named = {"up_bias": up.bias, "down_bias": down.bias}
+    expected = reference.ffn(x, up.weight, down.weight, k=100, **named)
+    assert_near(output, expected)
+    for y, z in zip(*(torch.autograd.grad(v.sum(), (x, down.weight)) for v in (output, expected)), strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 200], ids=["aten_backward", "sparse_backward"])
+def test_weights_by_columns_compile_and_train(tokens):
+    module = ffn_of_relu(hidden=64)
+    for layer in (module[0], module[2]):
+        layer.weight.data = layer.weight.data.T.contiguous().T
+    x = torch.randn(tokens, 8, requires_grad=True)
+    up, _, down = module
+    output = torch.compile(module, backend="topk", options={"ffn_k": 4})(x)
+    expected = reference.ffn(x, up.weight, down.weight, k=4, up_bias=up.bias, down_bias=down.bias)
+    leaves = (x, *module.parameters())
+    for y, z in zip(*(torch.autograd.grad(v.sum(), leaves) for v in (output, expected)), strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
+
+
+def test_number_of_tokens_known_only_at_run_time_decides_there():
+    module = ffn_of_relu(hidden=64)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(module, (torch.randn(3, 8),), dynamic_shapes=({0: tokens},))
+    program, report = topk_fx.rewrite(program, ffn_k=9)
+    assert [(site.lowering, site.detail) for site in report] == [("cpu", "for up to 16 tokens; ATen computes more")]
+    up, _, down = module
+    for count in (2, 100):
+        x = torch.randn(count, 8)
+        expected = reference.ffn(x, up.weight, down.weight, k=9, up_bias=up.bias, down_bias=down.bias)
+        assert_near(program.module()(x), expected)
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(1, ""), (64, "dense_is_faster")])
+def test_by_default_a_relu_ffn_is_rewritten_where_that_pays(tokens, reason):
+    program = torch.export.export(ffn_of_relu(), (torch.randn(tokens, 8),))
+    assert [site.reason for site in topk_fx.rewrite(program)[1]] == [reason]
 
 
 # --- property
