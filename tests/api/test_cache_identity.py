@@ -139,7 +139,9 @@ def test_several_passes_run_in_their_order_and_all_count(kind):
     assert keys == [("topk_fx", "a", "b"), ("topk_fx", "a", "c"), ("topk_fx", "b", "a"), ("topk_fx", "a"), "topk_fx"]
 
 
-@pytest.mark.skipif(not hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass"), reason="this torch has no such pass")
+@pytest.mark.skipif(
+    not hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass"), reason="this torch has no such pass"
+)
 def test_pass_that_asks_whether_gradients_are_needed_is_told():
     class Asking(custom_graph_pass.CustomInferenceAwareGraphPass):
         def __call__(self, graph, is_inference):
