@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from topk_fx.errors import LoweringUnavailableError
@@ -27,12 +28,19 @@ def attention_forward(
     dropout_p: float,
     zero_empty_rows: bool,
     lowering: str = "",
+    min_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, indices and weights, as `aten.attention_forward`."""
+    """Output, indices and weights, as `aten.attention_forward`, with empty slots up to `min_slots`."""
     chosen = _choose(lowering, query, key, value, operands, score, k)
-    return chosen.attention_forward(
+    empty = min_slots - min(k, key.size(-2))
+    if dropout_keep is not None and empty > 0:
+        dropout_keep = dropout_keep[..., :-empty]
+    output, indices, weights = chosen.attention_forward(
         query, key, value, operands, score, scale, k, dropout_keep, dropout_p, zero_empty_rows
     )
+    if empty > 0:
+        indices, weights = F.pad(indices, (0, empty), value=-1), F.pad(weights, (0, empty))
+    return output, indices, weights
 
 
 def attention_backward(

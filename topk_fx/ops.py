@@ -11,6 +11,10 @@ are in `vmap`.
 
 `lowering` names what is to compute an attention or an FFN; "" leaves it to the tensors. It is an argument so that a
 printed graph shows it and every cache's key holds it.
+
+`min_slots`: the selection has a slot for each key that is kept, and no fewer than so many. Tracing asks of every size
+whether it is 1. Of a number of keys known only at run time, such as a share of the length, the answer would be a guard
+that is broken by the lengths at which one key is kept; so there the trace asks for two slots, and one stays empty.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from .compat import SingleLevelFunction, below_autograd
 from .errors import UnsupportedDerivativeError
 from .reference import compute
 from .score import Score, check_operands
-from .shapes import attention_frame, check_ffn_inputs
+from .shapes import attention_frame, check_ffn_inputs, could_be_one
 
 library = torch.library.Library("topk_fx", "DEF")
 
@@ -36,7 +40,7 @@ library.define(
 )
 library.define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, Scalar scale, SymInt k, "
-    "Tensor? dropout_keep, float dropout_p, bool zero_empty_rows, str lowering='') "
+    "Tensor? dropout_keep, float dropout_p, bool zero_empty_rows, str lowering='', int min_slots=0) "
     "-> (Tensor output, Tensor indices, Tensor weights)"
 )
 library.define(
@@ -92,11 +96,14 @@ def _attention(
         return output.squeeze(-2 if value.dim() > 1 else -1) if query.dim() == 1 else output
     frame = attention_frame(query, key, value, operands, function.tables)
     keep = None
+    kept = torch.sym_min(k, frame.key.size(-2))
+    min_slots = 2 if could_be_one(kept) else 0
     if dropout_p > 0.0:
-        kept = torch.sym_min(k, frame.key.size(-2))
-        keep = torch.rand(*frame.query.shape[:-1], kept, device=query.device) >= dropout_p
+        slots = torch.sym_max(kept, min_slots)
+        keep = torch.rand(*frame.query.shape[:-1], slots, device=query.device) >= dropout_p
     output, _, _ = torch.ops.topk_fx.attention_forward(
-        frame.query, frame.key, frame.value, frame.operands, score, scale, k, keep, dropout_p, zero_empty_rows, lowering
+        *(frame.query, frame.key, frame.value, frame.operands, score, scale, k),
+        *(keep, dropout_p, zero_empty_rows, lowering, min_slots),
     )
     return output.reshape(frame.output_shape)
 
@@ -116,16 +123,17 @@ class _Attention(SingleLevelFunction):
         dropout_p: float,
         zero_empty_rows: bool,
         lowering: str,
+        min_slots: int,
         *operands: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with below_autograd():
             return torch.ops.topk_fx.attention_forward(
-                query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows, lowering
+                query, key, value, operands, score, scale, k, keep, dropout_p, zero_empty_rows, lowering, min_slots
             )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        query, key, value, score, scale, _, _, dropout_p, _, lowering, *operands = inputs
+        query, key, value, score, scale, _, _, dropout_p, _, lowering, _, *operands = inputs
         _, indices, weights = output
         ctx.mark_non_differentiable(indices, weights)
         ctx.set_materialize_grads(False)
@@ -136,8 +144,8 @@ class _Attention(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         query, key, value, indices, weights, *operands = ctx.saved_tensors
         if grad is None:
-            return (None,) * (10 + len(operands))
-        needs_grad = list(ctx.needs_input_grad[10:])
+            return (None,) * (11 + len(operands))
+        needs_grad = list(ctx.needs_input_grad[11:])
         grad_query, grad_key, grad_value, *rest = torch.ops.topk_fx.attention_backward(
             grad,
             query,
@@ -154,7 +162,7 @@ class _Attention(SingleLevelFunction):
         )
         found = iter(rest)
         grad_operands = [next(found) if needed else None for needed in needs_grad]
-        return grad_query, grad_key, grad_value, *(None,) * 7, *grad_operands
+        return grad_query, grad_key, grad_value, *(None,) * 8, *grad_operands
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -215,9 +223,10 @@ def _attention_forward(
     dropout_p: float,
     zero_empty_rows: bool,
     lowering: str = "",
+    min_slots: int = 0,
 ) -> Any:
     return _Attention.run(
-        query, key, value, score, scale, k, dropout_keep, dropout_p, zero_empty_rows, lowering, *operands
+        query, key, value, score, scale, k, dropout_keep, dropout_p, zero_empty_rows, lowering, min_slots, *operands
     )
 
 
@@ -256,12 +265,13 @@ def _attention_forward_fake(
     dropout_p: float,
     zero_empty_rows: bool,
     lowering: str = "",
+    min_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = query.shape[:-1]
-    kept = torch.sym_min(k, key.size(-2))
+    slots = torch.sym_max(torch.sym_min(k, key.size(-2)), min_slots)
     output = value.new_empty(*rows, value.size(-1))
-    indices = query.new_empty(*rows, kept, dtype=torch.int32)
-    weights = query.new_empty(*rows, kept, dtype=compute(query).dtype)
+    indices = query.new_empty(*rows, slots, dtype=torch.int32)
+    weights = query.new_empty(*rows, slots, dtype=compute(query).dtype)
     return output, indices, weights
 
 

@@ -182,3 +182,12 @@ def _hidden_by(up_weight: Tensor | None, down_weight: Tensor) -> str:
     if up_weight is None:
         return f"down_weight {tuple(down_weight.shape)} and no up_weight"
     return f"up_weight {tuple(up_weight.shape)}"
+
+
+def could_be_one(size: int | torch.SymInt) -> bool:
+    """Whether a size known only at run time may turn out to be 1; asked without a guard on the answer."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(size != 1)

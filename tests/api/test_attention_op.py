@@ -526,6 +526,29 @@ def test_inner_ops_pass_opcheck(dtype, dropout_p):
     )
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_slots_beyond_the_kept_keys_stay_empty(dropout_p):
+    """Traces ask for two slots where the number of kept keys is known only at run time."""
+    query, key, value = (x.detach() for x in attention_inputs(heads=4, key_heads=2, queries=3, keys=5))
+    bias = torch.randn(2, 1, 3, 5)
+    keep = boolean_mask(2, 4, 3, 2) if dropout_p else None
+    first = None if keep is None else keep[..., :1]
+    rest = (dropout_p, False, "")
+    args = (query, key, value, [bias], "add($0)", 0.5)
+    output, indices, weights = torch.ops.topk_fx.attention_forward(*args, 1, keep, *rest, 2)
+    expected, kept, kept_weights = torch.ops.topk_fx.attention_forward(*args, 1, first, *rest)
+    assert output.equal(expected)
+    assert indices.equal(F.pad(kept, (0, 1), value=-1))
+    assert weights.equal(F.pad(kept_weights, (0, 1)))
+    grads, expected_grads = (
+        torch.ops.topk_fx.attention_backward(output.cos(), *args, *selection, dropout_p, [True])
+        for selection in ((indices, weights), (kept, kept_weights))
+    )
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert_near(grad, wanted)
+    torch.library.opcheck(torch.ops.topk_fx.attention_forward.default, (*args, 1, keep, *rest, 2))
+
+
 # --- property
 
 
