@@ -31,6 +31,7 @@ def attention_forward(
     min_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, indices and weights, as `aten.attention_forward`, with empty slots up to `min_slots`."""
+    operands = operands or ()  # under inference mode, AOTInductor's None for an empty list arrives here
     chosen = _choose(lowering, query, key, value, operands, score, k)
     empty = min_slots - min(k, key.size(-2))
     if dropout_keep is not None and empty > 0:

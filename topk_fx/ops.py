@@ -225,6 +225,7 @@ def _attention_forward(
     lowering: str = "",
     min_slots: int = 0,
 ) -> Any:
+    operands = operands or ()  # AOTInductor hands over an empty list as None
     return _Attention.run(
         query, key, value, score, scale, k, dropout_keep, dropout_p, zero_empty_rows, lowering, min_slots, *operands
     )

@@ -232,6 +232,22 @@ def test_rewritten_program_is_compiled_by_torch_compile() -> None:
     assert_same(values_and_gradients(compiled, (q, k)), expected)
 
 
+@pytest.mark.parametrize("is_inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_rewritten_program_runs_from_a_package_of_aotinductor(is_inference: bool, tmp_path: Path) -> None:
+    """A score that reads no tensor: AOTInductor hands its empty list of operands to the op as None."""
+    q, k = drawn(2, 7, 4), drawn(2, 9, 4)
+    dense = Calling(lambda q, k: F.scaled_dot_product_attention(q, k, k))
+    lengths = ({}, {1: Dim("length", min=2, max=64)})
+    program, _ = topk_fx.rewrite(torch.export.export(dense, (q, k), dynamic_shapes=(lengths,)), k=K)
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        run = torch._inductor.aoti_load_package(package)
+    for keys in (9, 21, 2):
+        k = drawn(2, keys, 4, seed=keys)
+        with torch.inference_mode() if is_inference else torch.no_grad():
+            assert_same(run(q, k), topk_fx.reference.attention(q, k, k, k=K))
+
+
 def test_inputs_named_as_builtins_keep_their_names() -> None:
     """torch.export takes such names, and a copied graph would rename them."""
 
