@@ -42,7 +42,7 @@ class _ForwardArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("zero_empty_rows", "threads")),
         *((name, _Program) for name in ("before", "after")),
         ("operands", ctypes.c_void_p),
-        ("sink", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("operand_count", "sink")),
     )
 
 
@@ -108,7 +108,7 @@ def attention_forward(
         *(batch, heads, key.size(1), value.size(1), queries, keys, depth, value_size, kept),
         *(scale, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
         *(zero_empty_rows, torch.get_num_threads()),
-        *(before, after, ctypes.addressof(described), sink),
+        *(before, after, ctypes.addressof(described), len(operands), sink),
     )
     if _kernel(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype])(ctypes.byref(arguments)):
         raise MemoryError("not enough memory for the candidates of top-k attention")

@@ -108,7 +108,15 @@ def _load(code: str, defines: tuple[str, ...], instructions: str) -> ctypes.CDLL
 
 @functools.lru_cache(maxsize=4096)
 def _started(code: str, defines: tuple[str, ...], instructions: str) -> Callable[[], Any]:
-    options = ("-ftree-loop-vectorize", "-fno-math-errno", "-std=c++20", "-w", *INSTRUCTION_SETS[instructions])
+    # Loops are vectorised, straight code is not: that would put the bit masks of the filter together in vectors.
+    options = (
+        "-ftree-loop-vectorize",
+        "-fno-tree-slp-vectorize",
+        "-fno-math-errno",
+        "-std=c++20",
+        "-w",
+        *INSTRUCTION_SETS[instructions],
+    )
     with _unavailable():
         return start_building_cpp(_expand(code), (*options, *(f"-D{define}" for define in defines)), _Beside)
 

@@ -16,27 +16,18 @@
 
 #include <omp.h>
 
-#include "rows.h"
+#include "filter.h"
 #include "score.h"
-#include "selection.h"
 
 namespace topk {
 namespace {
 
-using Query = QUERY;  // of queries and keys
 using Value = VALUE;
 
-constexpr int PANEL = 2 * LANES;  // keys of a panel
-constexpr int BLOCK = 128;  // keys of a block
 constexpr int FEW_ROWS = 8;  // up to so many rows sharing a key head, the keys are not packed
 constexpr int TILE_BYTES = 1 << 18;  // of the candidates of a tile: they stay in the second-level cache
 constexpr int MAX_TILE_ROWS = 96;
 constexpr int64_t MIN_SPLIT = 512;  // keys
-
-constexpr bool PAIRS = IN_PAIRS<Query>;
-
-// What products are made of: a float, or two bfloat16 of neighbouring columns.
-using Factor = std::conditional_t<PAIRS, uint32_t, float>;
 
 }  // namespace
 
@@ -52,7 +43,7 @@ struct ForwardArguments {
   int64_t zero_empty_rows, threads;
   Program before, after;
   const Operand* operands;
-  int64_t sink;  // its operand, or -1
+  int64_t operand_count, sink;  // which operand is the sink, or -1
 };
 
 namespace {
@@ -76,152 +67,17 @@ class Arena {
   size_t used_ = 0;
 };
 
-// --- Candidates
+// --- Keys
 
-// How many candidates a row keeps at least, and has room for.
-struct Limits {
-  int k, capacity;
-
-  explicit Limits(const Arguments& a) : k(int(a.kept)) {
-    const int64_t wanted = std::max(2 * a.kept, a.kept + 128) + BLOCK;
-    // A vector more, which appending may write.
-    capacity = int(rounded_up(std::min(wanted, a.keys + BLOCK), LANES) + LANES);
-  }
-};
-
-// Leaves room for the scores of another block.
-inline void make_room(Candidates& row, const Limits& limits) {
-  if (row.count + BLOCK + LANES > limits.capacity) keep_largest(row, limits.k, limits.k / 4 + 8);
-}
-
-// Appends the scores of a block that are above the row's threshold.
-void filter(Candidates& row, const float* scores, int64_t count, int64_t first_key, const Limits& limits) {
-  const Vec threshold = broadcast(row.threshold);
-  for (int64_t n = 0; n < count; n += LANES) {
-    const Vec block = load(scores + n);
-    uint32_t bits = not_less_equal(block, threshold);
-    if (n + LANES > count) bits &= (1u << (count - n)) - 1;
-    if (bits) append(row, block, bits, first_key + n);
-  }
-  make_room(row, limits);
-}
-
-// --- Products
-
-int64_t factors_of(int64_t depth) {
-  return PAIRS ? (depth + 1) / 2 : depth;
-}
-
-// Factor n of a row; of a row with an odd number of columns the last pair is filled up with 0.
-template <typename T>
-Factor factor_at(const T* row, int64_t n, int64_t depth) {
-  if constexpr (PAIRS) {
-    const uint32_t second = 2 * n + 1 < depth ? uint32_t(row[2 * n + 1].bits) << 16 : 0;
-    return second | row[2 * n].bits;
-  } else {
-    return to_float(row[n]);
-  }
-}
-
-inline Vec multiply_add(Factor a, const Factor* b, Vec c) {
-#if defined(TOPK_AVX512_BF16)
-  if constexpr (PAIRS)
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
-  else
-#endif
-    return fma(broadcast(bit_cast<float>(a)), load(reinterpret_cast<const float*>(b)), c);
-}
-
-// result[r] = scale * sum over n of query[n][r] * panel[n][..]
-template <int ROWS>
-inline __attribute__((always_inline)) void multiply_panel(const Factor* query, const Factor* panel, int64_t factors,
-                                                          float scale, Vec (&result)[ROWS][2]) {
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++) result[r][0] = result[r][1] = zero();
-  for (int64_t n = 0; n < factors; n++) {
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) {
-      const Factor factor = query[n * GROUP_ROWS + r];
-      result[r][0] = multiply_add(factor, panel + n * PANEL, result[r][0]);
-      result[r][1] = multiply_add(factor, panel + n * PANEL + LANES, result[r][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++) {
-    result[r][0] = mul(result[r][0], broadcast(scale));
-    result[r][1] = mul(result[r][1], broadcast(scale));
-  }
-}
-
-// Scores of a group of query rows by a panel of keys.
-struct Panel {
-  const Factor *query, *keys;
-  int64_t factors;
-  float scale;
-  int rows;
-};
-
-template <int ROWS>
-void store_panel(const Panel& panel, float* scores) {
-  Vec found[ROWS][2];
-  multiply_panel(panel.query, panel.keys, panel.factors, panel.scale, found);
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++) {
-    store(scores + r * BLOCK, found[r][0]);
-    store(scores + r * BLOCK + LANES, found[r][1]);
-  }
-}
-
-// Candidates straight from the registers: most panels have none, and are never stored.
-template <int ROWS>
-void filter_panel(const Panel& panel, Candidates* rows, int64_t first_key, int64_t count, const Limits& limits) {
-  Vec found[ROWS][2];
-  multiply_panel(panel.query, panel.keys, panel.factors, panel.scale, found);
-  const uint64_t inside = count >= PANEL ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; r++) {
-    if (r >= panel.rows) break;
-    const Vec threshold = broadcast(rows[r].threshold);
-    const uint64_t low = not_less_equal(found[r][0], threshold), high = not_less_equal(found[r][1], threshold);
-    const uint64_t bits = (low | high << LANES) & inside;
-    if (bits) {
-      append(rows[r], found[r][0], uint32_t(bits & ((1u << LANES) - 1)), first_key);
-      append(rows[r], found[r][1], uint32_t(bits >> LANES), first_key + LANES);
-      make_room(rows[r], limits);
-    }
-  }
-}
-
-// Calls with the smallest of three group sizes that holds the rows.
-template <typename Function>
-inline void for_rows(int rows, Function function) {
-  if (rows > GROUP_ROWS * 2 / 3)
-    function(std::integral_constant<int, GROUP_ROWS>());
-  else if (rows > GROUP_ROWS / 3)
-    function(std::integral_constant<int, GROUP_ROWS * 2 / 3>());
-  else
-    function(std::integral_constant<int, (GROUP_ROWS + 2) / 3>());
-}
-
-// Panels [depth][PANEL] of the keys of a block, zero beyond the last key; returns their largest squared norm.
+// The panels of a block of keys, zero beyond the last key; returns their largest squared norm where bounds need it.
 float pack_keys(const Arguments& a, int64_t batch, int64_t head, int64_t first, int64_t count, Factor* panels) {
-  const int64_t factors = factors_of(a.depth);
   float largest = 0;
-  for (int64_t begin = 0; begin < count; begin += PANEL, panels += factors * PANEL) {
-    for (int64_t j = 0; j < PANEL; j++) {
-      if (begin + j >= count) {
-        for (int64_t n = 0; n < factors; n++) panels[n * PANEL + j] = 0;
-        continue;
-      }
-      const Query* row = row_of<Query>(a.key, batch, head, first + begin + j);
-      for (int64_t n = 0; n < factors; n++) panels[n * PANEL + j] = factor_at(row, n, a.depth);
-      if (a.before.bound) {
-        float norm = 0;
-        for (int64_t n = 0; n < a.depth; n++) norm += to_float(row[n]) * to_float(row[n]);
-        largest = norm > largest || norm != norm ? norm : largest;
-        if (norm != norm) largest = INF;
-      }
-    }
+  for (int64_t j = 0; j < rounded_up(count, PANEL); j++) {
+    const Query* row = j < count ? row_of<Query>(a.key, batch, head, first + j) : nullptr;
+    pack_row(row, a.depth, panels + j / PANEL * factors_of(a.depth) * PANEL, PANEL, j % PANEL);
+    if (!row || !a.before.bound) continue;
+    const float norm = squared_norm(row, a.depth);
+    largest = std::max(largest, norm == norm ? norm : INF);
   }
   return largest;
 }
@@ -246,6 +102,13 @@ struct Tile {
   int64_t batch, key_head, first_row;
   int rows;
 };
+
+// Whether an operand has an element for each query and key.
+bool reads_matrix(const Arguments& a) {
+  for (int64_t n = 0; n < a.operand_count; n++)
+    if (a.operands[n].query_stride && a.operands[n].key_stride) return true;
+  return false;
+}
 
 struct Scratch {
   RowPosition* positions;
@@ -274,28 +137,20 @@ void start(const Arguments& a, const Tile& tile, Scratch& s) {
     const int64_t row = tile.first_row + r;
     const int64_t group = a.heads / a.key_heads;
     s.positions[r] = {tile.key_head * group + row / a.queries, row % a.queries};
-    s.candidates[r].count = 0;
-    s.candidates[r].threshold = -INF;
+    s.candidates[r].clear();
   }
 }
 
 void pack_queries(const Arguments& a, const Tile& tile, Scratch& s) {
-  const int64_t factors = factors_of(a.depth);
   for (int r = 0; r < int(rounded_up(tile.rows, GROUP_ROWS)); r++) {
-    Factor* target = s.factors + (r / GROUP_ROWS) * factors * GROUP_ROWS + r % GROUP_ROWS;
-    if (r >= tile.rows) {
-      for (int64_t n = 0; n < factors; n++) target[n * GROUP_ROWS] = 0;
-      continue;
-    }
-    const Query* row = row_of<Query>(a.query, tile.batch, s.positions[r].head, s.positions[r].query);
-    for (int64_t n = 0; n < factors; n++) target[n * GROUP_ROWS] = factor_at(row, n, a.depth);
-    float norm = 0;
-    for (int64_t n = 0; n < a.depth; n++) norm += to_float(row[n]) * to_float(row[n]);
-    s.norms[r] = norm;
+    const Query* row =
+        r < tile.rows ? row_of<Query>(a.query, tile.batch, s.positions[r].head, s.positions[r].query) : nullptr;
+    pack_row(row, a.depth, s.factors + r / GROUP_ROWS * factors_of(a.depth) * GROUP_ROWS, GROUP_ROWS, r % GROUP_ROWS);
+    if (row && a.before.bound) s.norms[r] = squared_norm(row, a.depth);
   }
 }
 
-// What is known of a group of rows by a block of keys before its products are computed; whether it can be skipped.
+// What is known of some rows by a block of keys before its products are computed; whether it can be skipped.
 bool can_skip(const Arguments& a, const Block& block, const Candidates* rows, float largest_product, BlockFacts& facts) {
   facts = {std::numeric_limits<double>::infinity(), Change::NONE};
   if (!a.before.bound) return false;
@@ -305,49 +160,98 @@ bool can_skip(const Arguments& a, const Block& block, const Candidates* rows, fl
   return facts.upper <= lowest;
 }
 
+// An upper bound of |scale * q.k| of some rows, rounding included.
+float product_bound(const Arguments& a, const float* query_norms, int rows, float key_norm) {
+  float norm = 0;
+  for (int r = 0; r < rows; r++) norm = query_norms[r] <= norm ? norm : query_norms[r];
+  const float bound = std::fabs(float(a.scale)) * std::sqrt(norm) * std::sqrt(key_norm) * 1.01f;
+  return bound < INF ? bound : INF;
+}
+
 void take_candidates(const Arguments& a, const Block& block, const BlockFacts& facts, Candidates* rows, float* scores,
                      const Limits& limits) {
   if (facts.change != Change::NONE) a.before.apply(block, scores, BLOCK, facts.change);
   for (int64_t r = 0; r < block.row_count; r++)
-    filter(rows[r], scores + r * BLOCK, block.key_count, block.first_key, limits);
+    filter_block(rows[r], scores + r * BLOCK, block.key_count, block.first_key, limits);
 }
 
-// An upper bound of |scale * q.k|, rounding included.
-float product_bound(const Arguments& a, float query_norm, float key_norm) {
-  const float bound = std::fabs(float(a.scale)) * std::sqrt(query_norm) * std::sqrt(key_norm) * 1.01f;
-  return bound < INF ? bound : INF;
-}
+// The keys of a head as `prefill` packed them.
+struct PackedKeys {
+  const Factor* panels;
+  const float* norms;  // the largest of each block
+};
 
-void scan_panels(const Arguments& a, const Tile& tile, Scratch& s, const Factor* panels, const float* key_norms,
-                 const Limits& limits) {
-  const int64_t factors = factors_of(a.depth);
-  for (int64_t first = 0; first < a.keys; first += BLOCK) {
-    const int64_t count = std::min<int64_t>(BLOCK, a.keys - first);
-    for (int group = 0; group < tile.rows; group += GROUP_ROWS) {
-      const int rows = std::min(GROUP_ROWS, tile.rows - group);
-      const Block block{a.operands, tile.batch, s.positions + group, rows, first, count};
-      float largest = INF;
-      if (a.before.bound) {
-        float norm = 0;
-        for (int r = 0; r < rows; r++) norm = s.norms[group + r] <= norm ? norm : s.norms[group + r];
-        largest = product_bound(a, norm, key_norms[first / BLOCK]);
-      }
-      BlockFacts facts;
-      if (can_skip(a, block, s.candidates + group, largest, facts)) continue;
-      const Factor* query = s.factors + group * factors;
-      for_rows(rows, [&](auto group_rows) {
-        for (int64_t begin = 0; begin < count; begin += PANEL) {
-          const Panel panel{query, panels + (first + begin) * factors, factors, float(a.scale), rows};
-          if (facts.change == Change::NONE)
-            filter_panel<group_rows>(panel, s.candidates + group, first + begin, count - begin, limits);
-          else
-            store_panel<group_rows>(panel, s.scores + begin);
-        }
-      });
-      if (facts.change != Change::NONE) take_candidates(a, block, facts, s.candidates + group, s.scores, limits);
+// One tile and the blocks of keys, one after the other.
+class TileScan {
+ public:
+  TileScan(const Arguments& a, const Tile& tile, Scratch& scratch, const PackedKeys& keys, const Limits& limits)
+      : a_(a), tile_(tile), s_(scratch), keys_(keys), limits_(limits), factors_(factors_of(a.depth)) {}
+
+  void run() {
+    // Where reading the operands takes time, they are read once, for the groups.
+    const bool asks_for_tile = a_.before.bound && !reads_matrix(a_);
+    for (int64_t first = 0; first < a_.keys; first += BLOCK) {
+      BlockFacts facts{0, a_.before.bound ? Change::ANY : Change::NONE};
+      if (asks_for_tile && skips(first, 0, tile_.rows, facts)) continue;
+      facts.change == Change::NONE ? filter_tile(first) : scan_groups(first);
     }
   }
-}
+
+ private:
+  int64_t count_of(int64_t first) const { return std::min<int64_t>(BLOCK, a_.keys - first); }
+
+  Block block_of(int64_t first, int row, int rows) const {
+    return {a_.operands, tile_.batch, s_.positions + row, rows, first, count_of(first)};
+  }
+
+  bool skips(int64_t first, int row, int rows, BlockFacts& facts) const {
+    const float largest = product_bound(a_, s_.norms + row, rows, keys_.norms[first / BLOCK]);
+    return can_skip(a_, block_of(first, row, rows), s_.candidates + row, largest, facts);
+  }
+
+  // The group of rows from `row` on with the panel that begins at a key.
+  Pairing pair_of(int row, int64_t key) const {
+    return {s_.factors + row * factors_, keys_.panels + key * factors_, factors_, float(a_.scale),
+            std::min(GROUP_ROWS, tile_.rows - row), key, a_.keys - key};
+  }
+
+  void filter_pair(int row, int64_t key) {
+    const Pairing pair = pair_of(row, key);
+    for_rows(pair.rows, [&](auto rows) { filter_panel<rows>(pair, s_.candidates + row, limits_); });
+  }
+
+  // A block whose scores are its products: each panel stays in the first-level cache while all groups pass.
+  void filter_tile(int64_t first) {
+    for (int64_t key = first; key < first + count_of(first); key += PANEL)
+      for (int row = 0; row < tile_.rows; row += GROUP_ROWS) filter_pair(row, key);
+  }
+
+  // A block of which more may be known for some rows than for others.
+  void scan_groups(int64_t first) {
+    const int64_t end = first + count_of(first);
+    for (int row = 0; row < tile_.rows; row += GROUP_ROWS) {
+      const int rows = std::min(GROUP_ROWS, tile_.rows - row);
+      BlockFacts facts;
+      if (skips(first, row, rows, facts)) continue;
+      if (facts.change == Change::NONE) {
+        for (int64_t key = first; key < end; key += PANEL) filter_pair(row, key);
+        continue;
+      }
+      for_rows(rows, [&](auto group_rows) {
+        for (int64_t key = first; key < end; key += PANEL)
+          store_scores<group_rows>(pair_of(row, key), s_.scores + (key - first));
+      });
+      take_candidates(a_, block_of(first, row, rows), facts, s_.candidates + row, s_.scores, limits_);
+    }
+  }
+
+  const Arguments& a_;
+  const Tile& tile_;
+  Scratch& s_;
+  const PackedKeys& keys_;
+  const Limits& limits_;
+  const int64_t factors_;
+};
 
 void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, int64_t end, const Limits& limits) {
   for (int r = 0; r < tile.rows; r++) {
@@ -372,18 +276,15 @@ T element(const Operand& x, int64_t batch, const RowPosition& row) {
 }
 
 // Probabilities of the kept scores; the sink is a score more, of no key.
-void softmax(const Candidates& row, const float* sink, float* probabilities) {
-  float largest = sink ? *sink : -INF;
-  for (int n = 0; n < row.count; n++) {
-    const float score = unordered(row.scores[n]);
-    probabilities[n] = score;
-    largest = score > largest || score != score ? score : largest;
-    if (score != score) break;
-  }
-  if (largest != largest) {
-    std::fill(probabilities, probabilities + row.count, largest);
+void softmax(Candidates& row, const float* sink, float* probabilities) {
+  int32_t most = ordered(sink ? *sink : -INF);
+  if (row.count > 0) most = std::max(most, range_of(row).high);
+  if (most == ORDERED_NAN) {
+    std::fill(probabilities, probabilities + row.count, std::numeric_limits<float>::quiet_NaN());
     return;
   }
+  const float largest = unordered(most);
+  for (int n = 0; n < row.count; n++) probabilities[n] = unordered(row.scores[n]);
   for (int n = 0; n < row.count; n++) probabilities[n] = exp_nonpositive(probabilities[n] - largest);
   Vec totals = zero();
   int n = 0;
@@ -399,7 +300,7 @@ void finish(const Arguments& a, const Tile& tile, const RowPosition& position, C
   const int64_t number = (tile.batch * a.heads + position.head) * a.queries + position.query;
   int32_t* indices = a.indices + number * a.kept;
   float* weights = a.weights + number * a.kept;
-  keep_largest(row, int(a.kept), 0);
+  keep_exactly(row, int(a.kept));
   float sink = 0;
   if (a.sink >= 0) sink = element<float>(a.operands[a.sink], tile.batch, position);
   if (row.count == 0 && a.sink < 0 && !a.zero_empty_rows) {
@@ -435,7 +336,7 @@ void finish(const Arguments& a, const Tile& tile, const RowPosition& position, C
 
 // Tiles of query rows over packed keys, some key heads at a time so that their panels need little memory.
 void prefill(const Arguments& a) {
-  const Limits limits(a);
+  const Limits limits(a.kept, a.keys);
   const int64_t capacity = limits.capacity, factors = factors_of(a.depth);
   const int64_t rows = a.heads / a.key_heads * a.queries;
   const int64_t row_bytes = capacity * 2 * int64_t(sizeof(int32_t));
@@ -480,7 +381,8 @@ void prefill(const Arguments& a) {
         const Tile tile{which / a.key_heads, which % a.key_heads, first_row, int(std::min(tile_rows, rows - first_row))};
         start(a, tile, scratch);
         pack_queries(a, tile, scratch);
-        scan_panels(a, tile, scratch, panels + local * blocks * BLOCK * factors, key_norms + local * blocks, limits);
+        const PackedKeys keys{panels + local * blocks * BLOCK * factors, key_norms + local * blocks};
+        TileScan(a, tile, scratch, keys, limits).run();
         for (int r = 0; r < tile.rows; r++)
           finish(a, tile, scratch.positions[r], scratch.candidates[r], scratch);
       }
@@ -490,7 +392,7 @@ void prefill(const Arguments& a) {
 
 // Few rows to a key head: the keys are split, each split leaves up to k candidates of a row, and these are joined.
 void decode(const Arguments& a) {
-  const Limits limits(a);
+  const Limits limits(a.kept, a.keys);
   const int64_t capacity = limits.capacity, rows = a.heads / a.key_heads * a.queries;
   const int64_t all_heads = a.batch * a.key_heads;
   const int64_t most = std::max<int64_t>(1, a.keys / std::max(MIN_SPLIT, 4 * a.kept));
@@ -528,7 +430,7 @@ void decode(const Arguments& a) {
       scan_few(a, tile, scratch, begin, std::min(begin + split_keys, a.keys), limits);
       for (int64_t r = 0; r < rows; r++) {
         Candidates& row = scratch.candidates[r];
-        keep_largest(row, int(a.kept), 0);
+        keep_exactly(row, int(a.kept));
         int32_t* target = found_of(head, split, r);
         target[0] = row.count;
         std::copy(row.scores, row.scores + row.count, target + 1);
@@ -540,13 +442,14 @@ void decode(const Arguments& a) {
       const int64_t head = n / rows, r = n % rows;
       const Tile tile{head / a.key_heads, head % a.key_heads, r, 1};
       start(a, tile, scratch);
-      Candidates row{lists, lists + joined, 0, -INF};
+      Candidates row{lists, lists + joined, 0, 0, -INF};
       for (int64_t split = 0; split < splits; split++) {
         const int32_t* source = found_of(head, split, r);
         std::copy(source + 1, source + 1 + source[0], row.scores + row.count);
         std::copy(source + 1 + kept_of_split, source + 1 + kept_of_split + source[0], row.indices + row.count);
         row.count += source[0];
       }
+      row.ordered = row.count;
       finish(a, tile, scratch.positions[0], row, scratch);
     }
   }

@@ -1,7 +1,8 @@
 // The candidates of one query row, and the exact selection of its k largest scores.
 //
-// Scores are compared as int32 in the order of the floats, with NaN above infinity and the two zeros equal. Candidates
-// arrive by ascending key and stay so; of equal scores the first ones are kept.
+// Candidates are appended as the floats they are. Only where they are compared with each other, they become int32 in the
+// order of the floats, with NaN above infinity and the two zeros equal. They arrive by ascending key and stay so; of
+// equal scores the first ones are kept.
 #pragma once
 
 #include <algorithm>
@@ -23,24 +24,25 @@ inline float unordered(int32_t x) {
 }
 
 struct Candidates {
-  int32_t* scores;  // ordered
+  int32_t* scores;  // ordered, those from `ordered` on bits of floats; room for a vector beyond the last
   int32_t* indices;
   int count;
+  int ordered;
   float threshold;  // k candidates are no smaller: a later key must be larger, or NaN
+
+  void clear() {
+    count = ordered = 0;
+    threshold = -INF;
+  }
 };
 
 // Appends the lanes of `scores` whose bit is set. Writes a whole vector.
 inline void append(Candidates& row, Vec scores, uint32_t bits, int64_t first_key) {
 #if defined(TOPK_AVX512)
   const __mmask16 mask = __mmask16(bits);
-  const __m512i raw = _mm512_castps_si512(_mm512_add_ps(scores, _mm512_setzero_ps()));
-  const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(raw, 31), _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(scores, scores, _CMP_UNORD_Q);
-  const __m512i order =
-      _mm512_mask_mov_epi32(_mm512_xor_si512(raw, flip), is_nan, _mm512_set1_epi32(ORDERED_NAN));
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i keys = _mm512_add_epi32(lane, _mm512_set1_epi32(int32_t(first_key)));
-  _mm512_storeu_si512(row.scores + row.count, _mm512_maskz_compress_epi32(mask, order));
+  _mm512_storeu_ps(row.scores + row.count, _mm512_maskz_compress_ps(mask, scores));
   _mm512_storeu_si512(row.indices + row.count, _mm512_maskz_compress_epi32(mask, keys));
   row.count += __builtin_popcount(bits);
 #else
@@ -48,35 +50,80 @@ inline void append(Candidates& row, Vec scores, uint32_t bits, int64_t first_key
   store(lanes, scores);
   for (; bits; bits &= bits - 1) {
     const int lane = __builtin_ctz(bits);
-    row.scores[row.count] = ordered(lanes[lane]);
+    row.scores[row.count] = bit_cast<int32_t>(lanes[lane]);
     row.indices[row.count] = int32_t(first_key) + lane;
     row.count++;
   }
 #endif
 }
 
-inline int count_from(const int32_t* scores, int count, int32_t least) {
+// Fills the last vector of scores up, so that loops over the candidates take whole vectors.
+inline void pad(Candidates& row, int32_t score) {
+  for (int n = 0; n < LANES; n++) row.scores[row.count + n] = score;
+}
+
+// Makes the scores that were appended comparable.
+inline void put_in_order(Candidates& row) {
+  for (int n = row.ordered; n < row.count; n += LANES) {
+    const Vec scores = load(reinterpret_cast<const float*>(row.scores + n));
+    const Ints bits = bit_cast<Ints>(add(scores, zero())), order = bits ^ ((bits >> 31) & 0x7fffffff);
+    // Beyond the bits of the infinities lie NaNs.
+    const Ints is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    store(row.scores + n, is_nan ? Ints{} + ORDERED_NAN : order);
+  }
+  row.ordered = row.count;
+}
+
+struct Range {
+  int32_t low, high;
+};
+
+// The smallest and the largest score of at least one.
+inline Range range_of(Candidates& row) {
+  pad(row, row.scores[0]);
+  Ints low = load(row.scores), high = low;
+  for (int n = LANES; n < row.count; n += LANES) {
+    low = smaller(low, load(row.scores + n));
+    high = larger(high, load(row.scores + n));
+  }
+  return {smallest(low), largest(high)};
+}
+
+// How many are `least` or more; the scores are padded by the lowest of all numbers.
+inline int count_from(const Candidates& row, int32_t least) {
   int found = 0;
-  for (int n = 0; n < count; n++) found += scores[n] >= least;
+#if defined(TOPK_AVX512)
+  const __m512i bound = _mm512_set1_epi32(least);
+  for (int n = 0; n < row.count; n += LANES)
+    found += __builtin_popcount(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(row.scores + n), bound));
+#else
+  Ints lanes{};
+  for (int n = 0; n < row.count; n += LANES) lanes -= load(row.scores + n) >= least;
+  for (int lane = 0; lane < LANES; lane++) found += lanes[lane];
+#endif
   return found;
 }
 
-// Keeps the candidates above `least`, and the first `equal` of those that equal it.
+// Keeps the candidates above `least`, and the first `equal` of those that equal it. The scores are padded as above.
 inline void keep_from(Candidates& row, int32_t least, int equal) {
   int kept = 0;
 #if defined(TOPK_AVX512)
+  const bool all_equal_stay = equal >= row.count;
+  const __m512i bound = _mm512_set1_epi32(least);
   for (int n = 0; n < row.count; n += LANES) {
-    const __mmask16 inside = __mmask16(row.count - n >= LANES ? 0xffff : (1u << (row.count - n)) - 1);
     const __m512i scores = _mm512_loadu_si512(row.scores + n), indices = _mm512_loadu_si512(row.indices + n);
-    uint32_t equals = _mm512_mask_cmpeq_epi32_mask(inside, scores, _mm512_set1_epi32(least));
-    const uint32_t above = _mm512_mask_cmpgt_epi32_mask(inside, scores, _mm512_set1_epi32(least));
-    const int found = __builtin_popcount(equals);
-    for (int extra = found - equal; extra > 0; extra--) equals &= ~(1u << (31 - __builtin_clz(equals)));
-    equal -= std::min(found, equal);
-    const __mmask16 mask = __mmask16(above | equals);
-    _mm512_storeu_si512(row.scores + kept, _mm512_maskz_compress_epi32(mask, scores));
-    _mm512_storeu_si512(row.indices + kept, _mm512_maskz_compress_epi32(mask, indices));
-    kept += __builtin_popcount(mask);
+    uint32_t stays = _mm512_cmpge_epi32_mask(scores, bound);
+    if (!all_equal_stay) {
+      const uint32_t equals = _mm512_cmpeq_epi32_mask(scores, bound);
+      uint32_t chosen = equals;
+      for (int extra = __builtin_popcount(equals) - equal; extra > 0; extra--)
+        chosen &= ~(1u << (31 - __builtin_clz(chosen)));
+      stays = (stays & ~equals) | chosen;
+      equal -= __builtin_popcount(chosen);
+    }
+    _mm512_storeu_si512(row.scores + kept, _mm512_maskz_compress_epi32(__mmask16(stays), scores));
+    _mm512_storeu_si512(row.indices + kept, _mm512_maskz_compress_epi32(__mmask16(stays), indices));
+    kept += __builtin_popcount(stays);
   }
 #else
   for (int n = 0; n < row.count; n++) {
@@ -89,44 +136,62 @@ inline void keep_from(Candidates& row, int32_t least, int equal) {
     kept += is_kept;
   }
 #endif
-  row.count = kept;
+  row.count = row.ordered = kept;
+}
+
+// The logarithm to base 2, linear between the powers of 2, and shifted.
+inline float log_like(float x) {
+  return float(bit_cast<int32_t>(x));
+}
+
+// Where to cut next between `low`, from which on `left` scores are left, and `high`, beyond which there are `above`.
+//
+// Three ways in turn, each quick where another is not: as if the numbers of scores left fell exponentially, as they do in
+// the tail of most distributions; half of the range of the numbers; half of that of their representations, which ends
+// for any numbers.
+inline int32_t next_cut(int step, int32_t low, int32_t high, int left, int above, float wanted) {
+  if (step % 3 < 2) {
+    const float fall = log_like(float(left)) - log_like(float(above + 1));
+    const float share = step % 3 == 0 && fall > 0 ? (log_like(float(left)) - log_like(wanted)) / fall : 0.5f;
+    const float part = std::min(std::max(share, 0.05f), 0.95f);
+    const int32_t cut = ordered((1 - part) * unordered(low) + part * unordered(high));
+    if (cut > low && cut <= high) return cut;
+  }
+  return int32_t((int64_t(low) + high + 1) >> 1);
 }
 
 // Keeps the k largest of at least k candidates, or up to `slack` more, and sets the threshold.
-//
-// A bisection over the score from which on enough candidates are left. It halves the range of the numbers, which is
-// quick for scores of one magnitude, and in turn the range of their representations, which ends for any.
-inline void keep_largest(Candidates& row, int k, int slack) {
-  if (row.count > k + slack) {
-    int32_t low = row.scores[0], high = row.scores[0];
-    for (int n = 1; n < row.count; n++) {
-      low = std::min(low, row.scores[n]);
-      high = std::max(high, row.scores[n]);
+inline __attribute__((noinline)) void keep_largest(Candidates& row, int k, int slack) {
+  put_in_order(row);
+  if (row.count <= k + slack) return;
+  auto [low, high] = range_of(row);
+  pad(row, std::numeric_limits<int32_t>::min());
+  int left = row.count, above = 0;
+  for (int step = 0; left > k + slack && low < high; step++) {
+    const int32_t cut = next_cut(step, low, high, left, above, float(k) + 0.5f * float(slack));
+    const int found = count_from(row, cut);
+    if (found >= k) {
+      low = cut;
+      left = found;
+    } else {
+      high = cut - 1;
+      above = found;
     }
-    int left = row.count;  // from `low` on; beyond `high` there are fewer than k
-    for (bool halve_numbers = true; left > k + slack && low < high; halve_numbers = !halve_numbers) {
-      int32_t middle = int32_t((int64_t(low) + high + 1) >> 1);
-      if (halve_numbers) {
-        const int32_t mean = ordered(0.5f * unordered(low) + 0.5f * unordered(high));
-        if (mean > low && mean <= high) middle = mean;
-      }
-      const int found = count_from(row.scores, row.count, middle);
-      if (found >= k) {
-        low = middle;
-        left = found;
-      } else {
-        high = middle - 1;
-      }
-    }
-    int equal = row.count;
-    if (left > k + slack) {  // so many are equal
-      const int above = low == ORDERED_NAN ? 0 : count_from(row.scores, row.count, low + 1);
-      equal = k - above;
-    }
-    keep_from(row, low, equal);
-    // NaN is above every number: once k are kept, only a NaN could be compared with them, and it comes too late.
-    row.threshold = low == ORDERED_NAN ? INF : unordered(low);
   }
+  int equal = row.count;
+  if (left > k + slack) {  // so many are equal
+    const int larger_ones = low == ORDERED_NAN ? 0 : count_from(row, low + 1);
+    equal = k - larger_ones;
+  }
+  keep_from(row, low, equal);
+  // NaN is above every number: once k are kept, only a NaN could be compared with them, and it comes too late.
+  row.threshold = low == ORDERED_NAN ? INF : unordered(low);
+}
+
+// Keeps exactly the k largest: first a few more, so that the last steps look at these alone.
+inline void keep_exactly(Candidates& row, int k) {
+  if (row.count > k + k / 2 + 2 * LANES) keep_largest(row, k, k / 4 + 8);
+  keep_largest(row, k, 0);
 }
 
 }  // namespace topk

@@ -180,6 +180,32 @@ inline Vec sums(const Vec (&v)[LANES]) { return Vec{sum(v[0]), sum(v[1]), sum(v[
 
 #endif
 
+// Integers beside the lanes of a Vec, as GCC and Clang lay them out.
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+inline Ints load(const int32_t* x) {
+  Ints v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+inline void store(int32_t* x, Ints v) { std::memcpy(x, &v, sizeof(v)); }
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+inline int32_t smallest(Ints v) {
+#if defined(TOPK_AVX512)
+  return _mm512_reduce_min_epi32((__m512i)v);
+#else
+  int32_t found = v[0];
+  for (int lane = 1; lane < LANES; lane++) found = v[lane] < found ? v[lane] : found;
+  return found;
+#endif
+}
+
+inline int32_t largest(Ints v) {
+  return ~smallest(~v);
+}
+
 inline void prefetch(const void* x) {
   __builtin_prefetch(x);
 }
