@@ -176,6 +176,13 @@ def test_a_row_whose_keys_are_all_masked_by_a_finite_number_keeps_the_lowest():
     assert_near(output[0, 0, 100], value[0, 0, :16].mean(0))
 
 
+def test_zeros_of_both_signs_are_equal(instructions):
+    query, key, value = torch.zeros(1, 1, 20, 8), torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 8)
+    zeros = torch.where(torch.rand(1, 1, 20, 300) < 0.5, 0.0, -0.0)
+    indices = check(query, key, value, "add($0)", [zeros], scale=-1.0, k=9, is_exact=True)
+    assert indices[0, 0].equal(torch.arange(9, dtype=torch.int32).expand(20, 9))
+
+
 # --- threads
 
 

@@ -276,9 +276,8 @@ T element(const Operand& x, int64_t batch, const RowPosition& row) {
 }
 
 // Probabilities of the kept scores; the sink is a score more, of no key.
-void softmax(Candidates& row, const float* sink, float* probabilities) {
-  int32_t most = ordered(sink ? *sink : -INF);
-  if (row.count > 0) most = std::max(most, range_of(row).high);
+void softmax(const Candidates& row, const float* sink, float* probabilities) {
+  const int32_t most = std::max(ordered(sink ? *sink : -INF), row.high);
   if (most == ORDERED_NAN) {
     std::fill(probabilities, probabilities + row.count, std::numeric_limits<float>::quiet_NaN());
     return;
@@ -308,7 +307,7 @@ void finish(const Arguments& a, const Tile& tile, const RowPosition& position, C
     row.count = int(a.kept);
     for (int n = 0; n < row.count; n++) {
       row.indices[n] = n;
-      row.scores[n] = ORDERED_NAN;
+      row.scores[n] = row.high = ORDERED_NAN;
     }
   }
   softmax(row, a.sink >= 0 ? &sink : nullptr, probabilities);
@@ -442,14 +441,14 @@ void decode(const Arguments& a) {
       const int64_t head = n / rows, r = n % rows;
       const Tile tile{head / a.key_heads, head % a.key_heads, r, 1};
       start(a, tile, scratch);
-      Candidates row{lists, lists + joined, 0, 0, -INF};
+      Candidates row{lists, lists + joined};
+      row.clear();
       for (int64_t split = 0; split < splits; split++) {
         const int32_t* source = found_of(head, split, r);
-        std::copy(source + 1, source + 1 + source[0], row.scores + row.count);
+        for (int n = 0; n < source[0]; n++) row.scores[row.count + n] = bit_cast<int32_t>(unordered(source[1 + n]));
         std::copy(source + 1 + kept_of_split, source + 1 + kept_of_split + source[0], row.indices + row.count);
         row.count += source[0];
       }
-      row.ordered = row.count;
       finish(a, tile, scratch.positions[0], row, scratch);
     }
   }

@@ -23,17 +23,6 @@ int64_t factors_of(int64_t depth) {
   return PAIRS ? (depth + 1) / 2 : depth;
 }
 
-// Factor n of a row; of a row with an odd number of columns the last pair is filled up with 0.
-template <typename T>
-Factor factor_at(const T* row, int64_t n, int64_t depth) {
-  if constexpr (PAIRS) {
-    const uint32_t second = 2 * n + 1 < depth ? uint32_t(row[2 * n + 1].bits) << 16 : 0;
-    return second | row[2 * n].bits;
-  } else {
-    return to_float(row[n]);
-  }
-}
-
 inline Vec multiply_add(Factor a, const Factor* b, Vec c) {
 #if defined(TOPK_AVX512_BF16)
   if constexpr (PAIRS)
@@ -65,10 +54,19 @@ inline __attribute__((always_inline)) void multiply_panel(const Factor* query, c
   }
 }
 
-// Sets lane `lane` of every factor in a group or a panel of `width` lanes to the columns of a row, or to 0.
-void pack_row(const Query* row, int64_t depth, Factor* target, int64_t width, int64_t lane) {
-  const int64_t factors = factors_of(depth);
-  for (int64_t n = 0; n < factors; n++) target[n * width + lane] = row ? factor_at(row, n, depth) : 0;
+// Sets lane `lane` of every factor in a group or a panel of `width` lanes to the columns of a row, or to 0 without one.
+// An odd number of columns is filled up to pairs with 0.
+template <typename T>
+void pack_row(const T* row, int64_t depth, Factor* target, int64_t width, int64_t lane) {
+  target += lane;
+  if (!row) {
+    for (int64_t n = 0; n < factors_of(depth); n++) target[n * width] = 0;
+  } else if constexpr (PAIRS) {
+    for (int64_t n = 0; n < depth / 2; n++) std::memcpy(target + n * width, row + 2 * n, sizeof(Factor));
+    if (depth % 2) target[depth / 2 * width] = row[depth - 1].bits;
+  } else {
+    for (int64_t n = 0; n < depth; n++) target[n * width] = to_float(row[n]);
+  }
 }
 
 float squared_norm(const Query* row, int64_t depth) {

@@ -12,11 +12,13 @@
 namespace topk {
 
 constexpr int32_t ORDERED_NAN = std::numeric_limits<int32_t>::max();
+// Compared as bits: the compiler is told that the sign of a zero does not matter, and may leave an addition of 0 out.
+constexpr int32_t NEGATIVE_ZERO = std::numeric_limits<int32_t>::min();
 
 inline int32_t ordered(float x) {
   if (x != x) return ORDERED_NAN;
-  const int32_t bits = bit_cast<int32_t>(x + 0.0f);  // -0 becomes 0
-  return bits ^ ((bits >> 31) & 0x7fffffff);
+  const int32_t bits = bit_cast<int32_t>(x);
+  return bits == NEGATIVE_ZERO ? 0 : bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
 inline float unordered(int32_t x) {
@@ -24,14 +26,16 @@ inline float unordered(int32_t x) {
 }
 
 struct Candidates {
-  int32_t* scores;  // ordered, those from `ordered` on bits of floats; room for a vector beyond the last
+  int32_t* scores;  // the first `ordered` are in order, the others bits of floats; room for a vector beyond the last
   int32_t* indices;
-  int count;
-  int ordered;
+  int count, ordered;
+  int32_t low, high;  // of those in order: none is smaller, and one is the largest
   float threshold;  // k candidates are no smaller: a later key must be larger, or NaN
 
   void clear() {
     count = ordered = 0;
+    low = std::numeric_limits<int32_t>::max();
+    high = std::numeric_limits<int32_t>::min();
     threshold = -INF;
   }
 };
@@ -64,29 +68,20 @@ inline void pad(Candidates& row, int32_t score) {
 
 // Makes the scores that were appended comparable.
 inline void put_in_order(Candidates& row) {
+  if (row.ordered == row.count) return;
+  pad(row, row.scores[row.ordered]);
+  Ints low = Ints{} + row.low, high = Ints{} + row.high;
   for (int n = row.ordered; n < row.count; n += LANES) {
-    const Vec scores = load(reinterpret_cast<const float*>(row.scores + n));
-    const Ints bits = bit_cast<Ints>(add(scores, zero())), order = bits ^ ((bits >> 31) & 0x7fffffff);
+    const Ints bits = load(row.scores + n), flipped = bits == NEGATIVE_ZERO ? Ints{} : bits ^ ((bits >> 31) & 0x7fffffff);
     // Beyond the bits of the infinities lie NaNs.
-    const Ints is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    store(row.scores + n, is_nan ? Ints{} + ORDERED_NAN : order);
+    const Ints order = (bits & 0x7fffffff) > 0x7f800000 ? Ints{} + ORDERED_NAN : flipped;
+    store(row.scores + n, order);
+    low = smaller(low, order);
+    high = larger(high, order);
   }
+  row.low = smallest(low);
+  row.high = largest(high);
   row.ordered = row.count;
-}
-
-struct Range {
-  int32_t low, high;
-};
-
-// The smallest and the largest score of at least one.
-inline Range range_of(Candidates& row) {
-  pad(row, row.scores[0]);
-  Ints low = load(row.scores), high = low;
-  for (int n = LANES; n < row.count; n += LANES) {
-    low = smaller(low, load(row.scores + n));
-    high = larger(high, load(row.scores + n));
-  }
-  return {smallest(low), largest(high)};
 }
 
 // How many are `least` or more; the scores are padded by the lowest of all numbers.
@@ -137,6 +132,7 @@ inline void keep_from(Candidates& row, int32_t least, int equal) {
   }
 #endif
   row.count = row.ordered = kept;
+  row.low = least;
 }
 
 // The logarithm to base 2, linear between the powers of 2, and shifted.
@@ -164,7 +160,7 @@ inline int32_t next_cut(int step, int32_t low, int32_t high, int left, int above
 inline __attribute__((noinline)) void keep_largest(Candidates& row, int k, int slack) {
   put_in_order(row);
   if (row.count <= k + slack) return;
-  auto [low, high] = range_of(row);
+  int32_t low = row.low, high = row.high;
   pad(row, std::numeric_limits<int32_t>::min());
   int left = row.count, above = 0;
   for (int step = 0; left > k + slack && low < high; step++) {
