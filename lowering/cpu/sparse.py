@@ -73,7 +73,7 @@ class CppProducts:
         )
         library = _library(ELEMENT_TYPES[self.keys.dtype], build.current_instruction_set())
         if getattr(library, name)(ctypes.byref(arguments)):
-            raise MemoryError("not enough memory to transpose the matrix of the kept keys")
+            raise MemoryError("not enough memory for the sums of a gradient")
 
 
 def prepare_products(*dtypes: torch.dtype) -> None:

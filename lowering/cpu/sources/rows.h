@@ -102,25 +102,57 @@ void weigh_columns(const T* rows, const int64_t* offsets, const float* weights, 
   for (int c = 0; c < VECTORS; c++) store(result + c * LANES, sums[c]);
 }
 
-// result[0 .. columns) = sum over n of weights[n] * rows[offsets[n] ..]
-template <typename T>
-void weigh(const T* rows, const int64_t* offsets, const float* weights, int64_t count, int64_t columns, T* result) {
-  float sums[8 * LANES];
+// sums[offsets[n] ..][0 .. VECTORS * LANES) += weights[n] * row[..], the row staying in registers. The offsets differ.
+template <int VECTORS, typename T>
+void add_columns(const T* row, const int64_t* offsets, const float* weights, int64_t count, float* sums) {
+  constexpr int AHEAD = 8;
+  Vec columns[VECTORS];
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; c++) columns[c] = load(row + c * LANES);
+  for (int64_t n = 0; n < count; n++) {
+    if (n + AHEAD < count)
+      for (int c = 0; c < VECTORS; c++) prefetch(sums + offsets[n + AHEAD] + c * LANES);
+    float* target = sums + offsets[n];
+    const Vec weight = broadcast(weights[n]);
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; c++) store(target + c * LANES, fma(weight, columns[c], load(target + c * LANES)));
+  }
+}
+
+// Calls with the number of vectors, 8, 4, 2 or 1, and the first column of each block of columns, and for what is left
+// with 0 vectors.
+template <typename Function>
+void for_column_blocks(int64_t columns, Function function) {
   int64_t column = 0;
   while (column < columns) {
     const int64_t vectors = (columns - column) / LANES;
-    int64_t width = LANES;
     if (vectors >= 8) {
-      weigh_columns<8>(rows + column, offsets, weights, count, sums);
-      width = 8 * LANES;
+      function(std::integral_constant<int, 8>(), column);
+      column += 8 * LANES;
     } else if (vectors >= 4) {
-      weigh_columns<4>(rows + column, offsets, weights, count, sums);
-      width = 4 * LANES;
+      function(std::integral_constant<int, 4>(), column);
+      column += 4 * LANES;
     } else if (vectors >= 2) {
-      weigh_columns<2>(rows + column, offsets, weights, count, sums);
-      width = 2 * LANES;
+      function(std::integral_constant<int, 2>(), column);
+      column += 2 * LANES;
     } else if (vectors == 1) {
-      weigh_columns<1>(rows + column, offsets, weights, count, sums);
+      function(std::integral_constant<int, 1>(), column);
+      column += LANES;
+    } else {
+      function(std::integral_constant<int, 0>(), column);
+      column = columns;
+    }
+  }
+}
+
+// result[0 .. columns) = sum over n of weights[n] * rows[offsets[n] ..]
+template <typename T>
+void weigh(const T* rows, const int64_t* offsets, const float* weights, int64_t count, int64_t columns, T* result) {
+  for_column_blocks(columns, [&](auto vectors, int64_t column) {
+    float sums[8 * LANES];
+    int64_t width = vectors * LANES;
+    if constexpr (vectors > 0) {
+      weigh_columns<vectors>(rows + column, offsets, weights, count, sums);
     } else {
       width = columns - column;
       std::fill(sums, sums + width, 0.0f);
@@ -128,8 +160,21 @@ void weigh(const T* rows, const int64_t* offsets, const float* weights, int64_t 
         for (int64_t c = 0; c < width; c++) sums[c] += weights[n] * to_float(rows[offsets[n] + column + c]);
     }
     for (int64_t c = 0; c < width; c++) from_float(sums[c], result[column + c]);
-    column += width;
-  }
+  });
+}
+
+// sums[offsets[n] ..][0 .. columns) += weights[n] * row[..]; the offsets differ.
+template <typename T>
+void add_weighted(const T* row, const int64_t* offsets, const float* weights, int64_t count, int64_t columns,
+                  float* sums) {
+  for_column_blocks(columns, [&](auto vectors, int64_t column) {
+    if constexpr (vectors > 0) {
+      add_columns<vectors>(row + column, offsets, weights, count, sums + column);
+    } else {
+      for (int64_t n = 0; n < count; n++)
+        for (int64_t c = column; c < columns; c++) sums[offsets[n] + c] += weights[n] * to_float(row[c]);
+    }
+  });
 }
 
 }  // namespace topk

@@ -5,8 +5,8 @@
 //   scatter_rows   out[j]  = sum over the i, n with indices[i, n] = j of w[i, n] * rows[i]
 //
 // Rows [B, Hq, Lq, columns] and a table [B, H, Lk, columns] of one element type (defined as ELEMENT by the build), with
-// H a divisor of Hq; sums are float32. The last product transposes the matrix, a range of keys at a time, so that each
-// row of its result is one weighted sum, in the order of the queries whatever the number of threads.
+// H a divisor of Hq; sums are float32. The last product takes a range of keys at a time, and adds to each of its rows in
+// the order of the queries, so that the number of threads changes no bit.
 
 #include <atomic>
 
@@ -28,7 +28,7 @@ struct SparseArguments {
 
 namespace {
 
-constexpr int64_t RANGE_ENTRIES = 1 << 18;  // kept entries that are transposed at a time, about
+constexpr int64_t RANGE_SUMS = 1 << 19;  // sums that are held at a time, about
 
 void dot_products(const SparseArguments& a) {
 #pragma omp parallel for num_threads(int(a.threads)) schedule(static)
@@ -73,47 +73,36 @@ void weighted_sum(const SparseArguments& a) {
   }
 }
 
-// The entries of the keys [first, first + count) of one head of the table, by key, and their sums.
+// The rows [first, first + count) of one head of the result.
 void scatter_range(const SparseArguments& a, int64_t batch, int64_t table_head, int64_t first, int64_t count) {
-  const int64_t group = a.heads / a.table_heads, first_head = table_head * group;
-  const int64_t begin = (batch * a.heads + first_head) * a.queries * a.kept, total = group * a.queries * a.kept;
-  const int32_t* indices = a.indices + begin;
-  const float* weights = a.weights + begin;
-  const Buffer start_memory((count + 2) * int64_t(sizeof(int64_t)));
-  int64_t* starts = start_memory.as<int64_t>();  // entry n + 1 becomes where the entries of key n begin, then end
-  std::fill(starts, starts + count + 2, 0);
-  for (int64_t n = 0; n < total; n++) {
-    const uint64_t key = uint64_t(int64_t(indices[n]) - first);
-    if (key < uint64_t(count)) starts[key + 2]++;
-  }
-  for (int64_t key = 0; key < count; key++) starts[key + 2] += starts[key + 1];
-  const int64_t entries = starts[count + 1];
-  const Buffer memory(entries * int64_t(sizeof(int64_t) + sizeof(float)));
+  const int64_t group = a.heads / a.table_heads;
+  Element* result = a.result + ((batch * a.table_heads + table_head) * a.keys + first) * a.columns;
+  const Buffer sum_memory(std::is_same_v<Element, float> ? 0 : count * a.columns * int64_t(sizeof(float)));
+  float* sums = std::is_same_v<Element, float> ? reinterpret_cast<float*>(result) : sum_memory.as<float>();
+  std::fill(sums, sums + count * a.columns, 0.0f);
+  const Buffer memory((a.kept + 8) * int64_t(sizeof(int64_t) + sizeof(float)));
   int64_t* offsets = memory.as<int64_t>();
-  float* entry_weights = reinterpret_cast<float*>(offsets + entries);
-  for (int64_t head = 0; head < group; head++) {
+  float* weights = reinterpret_cast<float*>(offsets + a.kept);
+  for (int64_t head = table_head * group; head < (table_head + 1) * group; head++) {
     for (int64_t query = 0; query < a.queries; query++) {
-      const int64_t offset = (first_head + head) * a.rows.strides[1] + query * a.rows.strides[2];
-      const int64_t row = (head * a.queries + query) * a.kept;
+      const int64_t row = ((batch * a.heads + head) * a.queries + query) * a.kept;
+      int64_t entries = 0;
       for (int64_t n = row; n < row + a.kept; n++) {
-        const uint64_t key = uint64_t(int64_t(indices[n]) - first);
-        if (key >= uint64_t(count)) continue;
-        const int64_t entry = starts[key + 1]++;
-        offsets[entry] = offset;
-        entry_weights[entry] = weights[n];
+        const int64_t key = a.indices[n] - first;
+        offsets[entries] = key * a.columns;
+        weights[entries] = a.weights[n];
+        entries += uint64_t(key) < uint64_t(count);
       }
+      add_weighted(row_of<Element>(a.rows, batch, head, query), offsets, weights, entries, a.columns, sums);
     }
   }
-  const Element* rows = row_of<Element>(a.rows, batch, 0, 0);
-  Element* result = a.result + ((batch * a.table_heads + table_head) * a.keys + first) * a.columns;
-  for (int64_t key = 0; key < count; key++)
-    weigh(rows, offsets + starts[key], entry_weights + starts[key], starts[key + 1] - starts[key], a.columns,
-          result + key * a.columns);
+  if constexpr (!std::is_same_v<Element, float>)
+    for (int64_t n = 0; n < count * a.columns; n++) from_float(sums[n], result[n]);
 }
 
 void scatter_rows(const SparseArguments& a) {
-  const int64_t heads = a.batch * a.table_heads, entries = a.heads / a.table_heads * a.queries * a.kept;
-  const int64_t wanted = std::max(entries / RANGE_ENTRIES, (2 * a.threads + heads - 1) / heads);
+  const int64_t heads = a.batch * a.table_heads;
+  const int64_t wanted = std::max(a.keys * a.columns / RANGE_SUMS, (2 * a.threads + heads - 1) / heads);
   const int64_t ranges = std::clamp<int64_t>(wanted, 1, a.keys), range = rounded_up(a.keys, ranges) / ranges;
   std::atomic<bool> has_memory = true;
 #pragma omp parallel for num_threads(int(a.threads)) schedule(dynamic, 1)
