@@ -157,8 +157,8 @@ class _Lines:
         self.tables: dict[int, str] = {}
         self.values: dict[Expression, _Value] = {
             SCORES: _Value(FLOAT, "s", "s", varies=True),
-            QUERY_POSITION: _Value(INT, "i", "i", limit=_POSITION_LIMIT),
-            KEY_POSITION: _Value(INT, "j", "j", varies=True, limit=_POSITION_LIMIT),
+            QUERY_POSITION: _Value(INT, "i", "i", limit=_POSITION_LIMIT - 1),
+            KEY_POSITION: _Value(INT, "j", "j", varies=True, limit=_POSITION_LIMIT - 1),
         }
         self.lines: list[tuple[Name, _Value]] = []
         for number in sorted(self._needed()):
@@ -191,8 +191,10 @@ class _Lines:
         if kind.dtype not in ELEMENT_TYPES:
             raise NoCodeError(f"operand ${index} has dtype {kind.dtype}")
         element = self.operands[index] = ELEMENT_TYPES[kind.dtype]
-        at = {"one": "0", "dense": "at", "strided": f"at * x{index}_stride"}[kind.keys]
-        code, interval = f"x{index}[{at}]", f"interval_of<{element}>(block, {index})"
+        code = {"one": f"x{index}_only", "dense": f"x{index}[at]", "strided": f"x{index}[at * x{index}_stride]"}[
+            kind.keys
+        ]
+        interval = f"interval_of<{element}>(block, {index})"
         varies = kind.keys != "one"
         if kind.dtype == torch.bool:
             return _Value(BOOL, code, interval, varies)
@@ -240,6 +242,7 @@ class _Lines:
             "  for (int64_t r = 0; r < block.row_count; r++) {\n"
             "    float* __restrict scores = all_scores + r * stride;\n"
             f"{self._row('block.first_key')}"
+            "#pragma GCC ivdep\n"
             "    for (int32_t n = 0; n < count; n++) {\n"
             "      [[maybe_unused]] const int64_t at = n;\n"
             "      [[maybe_unused]] const int32_t j = int32_t(block.first_key) + n;\n"
@@ -275,6 +278,8 @@ class _Lines:
                 f"block.rows[r].query * {x}.query_stride + {first_key} * {x}.key_stride;",
                 f"[[maybe_unused]] const int64_t x{index}_stride = {x}.key_stride;",
             ]
+            if self.kinds[index].keys == "one":
+                lines.append(f"const {element} x{index}_only = x{index}[0];")
         for index, element in sorted(self.tables.items()):
             x = f"block.operands[{index}]"
             lines += [
@@ -471,9 +476,12 @@ def _where(condition: _Value, a: _Value, b: _Value) -> _Value:
         x, y = (_cast(v, INT) for v in (a, b))
     else:
         x, y = (_cast(v, type_) for v in (a, b))
+    code = f"({condition.code} ? {x.code} : {y.code})"
+    if type_ in _FLOATS:
+        code = f"select({condition.code}, {x.code}, {y.code})"
     return _Value(
         type_,
-        f"({condition.code} ? {x.code} : {y.code})",
+        code,
         f"interval_where({condition.interval}, {x.interval}, {y.interval})",
         limit=max(x.limit, y.limit),
     )

@@ -165,6 +165,8 @@ inline Interval interval_of(const Block& block, int operand) {
       const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row);
       uint8_t all = 1, any = 0;
       if (stride == 1) {
+        // The next block of the same rows: each row of a mask is far from the last, where no hardware looks ahead.
+        for (int64_t n = count; n < 2 * count; n += 64) prefetch(bytes + n);
         for (int64_t n = 0; n < count; n++) all &= bytes[n], any |= bytes[n];
       } else {
         for (int64_t n = 0; n < count; n++) all &= bytes[n * stride], any |= bytes[n * stride];
@@ -229,6 +231,12 @@ inline float tanh_of(float x) {
   const float far = 1.0f - 2.0f / (exp_of(2.0f * (magnitude > 20.0f ? 20.0f : magnitude)) + 1.0f);
   const float signed_far = x < 0.0f ? -far : far;
   return magnitude < 0.625f ? near : x != x ? x : signed_far;
+}
+
+// A conditional expression would become a branch around the operations on one side, and its loop would not vectorise.
+inline float select(bool condition, float a, float b) {
+  const uint32_t mask = -uint32_t(condition);
+  return bit_cast<float>((bit_cast<uint32_t>(a) & mask) | (bit_cast<uint32_t>(b) & ~mask));
 }
 
 template <typename T>
