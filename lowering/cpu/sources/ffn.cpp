@@ -147,11 +147,13 @@ class Pass {
   // The kept units of a token, in ascending order, and what W_down is multiplied by.
   void select(int64_t token) {
     int32_t* lists = candidates_.as<int32_t>() + token * 2 * candidate_stride();
-    Candidates row{lists, lists + candidate_stride(), int(a_.hidden_size), -INF};
+    Candidates row{.scores = lists, .indices = lists + candidate_stride()};
+    row.clear();
     for (int64_t unit = 0; unit < a_.hidden_size; unit++) {
-      row.scores[unit] = ordered(std::fabs(hidden(token)[unit]));
+      row.scores[unit] = bit_cast<int32_t>(std::fabs(hidden(token)[unit]));
       row.indices[unit] = int32_t(unit);
     }
+    row.count = int(a_.hidden_size);
     keep_largest(row, int(a_.kept), 0);
     std::copy(row.indices, row.indices + a_.kept, indices(token));
     const int64_t begin = (first_token_ + token) * a_.kept;
