@@ -11,6 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from topk_fx.compat import unwrapped
+
 from .values import rank_of, shape_of, value_of
 
 aten = torch.ops.aten
@@ -66,6 +68,7 @@ class Emitter:
         value = value_of(node)
         if self.fake_mode is None or not isinstance(value, torch.Tensor):
             return value
+        value = unwrapped(value)
         if not isinstance(value, FakeTensor):
             return self.fake_mode.from_tensor(value, static_shapes=True)
         if value.fake_mode is not self.fake_mode:  # make_fx on real tensors has a mode for each value

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from topk_fx.compat import is_mapped
+from topk_fx.compat import is_mapped, is_wrapped
 from topk_fx.config import Keep, TopKConfig, kept_count
 from topk_fx.errors import LoweringUnavailableError, ValidationError
 from topk_fx.report import RewriteReport
@@ -131,7 +131,7 @@ class TopKPass:
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
         pays = self.pays("attention", site.scores_shape, config.k, _device(site.output))
-        refusal = _refuse_mapped(site.output) or judge_attention(site, config, pays)
+        refusal = _refuse_transformed(site.output) or judge_attention(site, config, pays)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
@@ -171,7 +171,7 @@ class TopKPass:
         facts = _ffn_facts(site, ffn_keep(config))
         hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size)
         pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
-        refusal = _refuse_mapped(site.output) or judge_ffn(site, config, pays)
+        refusal = _refuse_transformed(site.output) or judge_ffn(site, config, pays)
         if refusal is None and site.up is None and self.config.lowering == "cpu":
             detail = "the C++ kernel starts at an up projection, which is the down projection of another FFN here"
             refusal = Refusal("layer_in_two_ffns", detail, site.output)
@@ -220,12 +220,30 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
     return None if softmax is None else find_attention(softmax, order)
 
 
-def _refuse_mapped(node: fx.Node) -> Refusal | None:
-    """Inside torch.vmap, tracing recorded values of one sample, which nothing can be computed from outside of it."""
+def _refuse_transformed(node: fx.Node) -> Refusal | None:
+    """Inside torch.vmap, tracing recorded values of one sample, which nothing can be computed from outside of it.
+
+    Inside jvp, the op would raise where the dense form has a derivative.
+    """
     value = value_of(node)
-    if not isinstance(value, torch.Tensor) or not is_mapped(value):
+    if not isinstance(value, torch.Tensor) or not is_wrapped(value):
         return None
-    return Refusal("inside_vmap", f"{node.name} is computed under torch.vmap: write the batch as an axis", node)
+    if is_mapped(value):
+        return Refusal("inside_vmap", f"{node.name} is computed under torch.vmap: write the batch as an axis", node)
+    if _is_inside_jvp(node):
+        return Refusal("inside_jvp", f"{node.name} has a forward-mode derivative taken, which the op has not", node)
+    return None
+
+
+def _is_inside_jvp(node: fx.Node) -> bool:
+    """Whether a node of a Dynamo graph stands between the begin and the end of a torch.func.jvp."""
+    levels = 0
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        name = getattr(other.target, "__name__", "")
+        levels += (name == "_jvp_increment_nesting") - (name == "_jvp_decrement_nesting")
+    return levels > 0
 
 
 def _device(node: fx.Node) -> str | None:

@@ -109,6 +109,13 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return False
 
 
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor below all levels of torch.func.grad, vjp and jvp around it, which has the same shape and dtype."""
+    while is_wrapped(tensor) and not torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def hint_of(number: Any) -> Any:
     """The value with which a symbolic number was traced, without a guard on it; None if it has none."""
     if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):

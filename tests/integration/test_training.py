@@ -257,6 +257,28 @@ def test_dropout_compiled_by_inductor_is_that_of_its_backward() -> None:
     assert_same(v.grad, weights.detach().transpose(-2, -1) @ undropped.cos())
 
 
+# Transforms of torch.func inside what is compiled.
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_functional_gradient_inside_the_compiled_function_is_the_references(inner: str) -> None:
+    """Tracing records values of one level of the transform; of views of them, nothing can be made anew."""
+    model = Model()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    run = torch.compile(torch.func.grad(loss), backend="topk", fullgraph=True, options={"k": K, "inner": inner})
+    found = run(parameters, X)
+    assert_all_rewritten(2)
+    with KeepingTopK(K):
+        model(X).square().sum().backward()
+    scale = max(p.grad.abs().max() for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert_same(found[name] / scale, p.grad / scale)
+
+
 def test_second_derivative_is_a_clear_error() -> None:
     inputs = [drawn(3, 5, 4, seed=n).requires_grad_() for n in range(3)]
     run = torch.compile(weights_of, backend="topk", options={"k": 2, "inner": "eager"})
