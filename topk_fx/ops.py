@@ -48,6 +48,7 @@ library.define(
     "Scalar scale, Tensor indices, Tensor weights, float dropout_p, bool[] operand_needs_grad, str lowering='') "
     "-> Tensor[]"
 )
+library.define("no_second_derivative(str op, Tensor[] grads, Tensor[] inputs) -> Tensor[]")
 library.define(
     "ffn(Tensor input, Tensor? up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
     "Tensor? down_bias, str activation, SymInt k, float dropout_p=0.0, str lowering='') -> Tensor"
@@ -171,8 +172,46 @@ class _Attention(SingleLevelFunction):
         )
 
 
-class _AttentionBackward(SingleLevelFunction):
+class _Gradient(SingleLevelFunction):
+    """The base of an op's gradient, whose own gradient is an error when it is computed, not when it is traced.
+
+    AOTAutograd traces the derivative of all that it compiles, a gradient that torch.func.grad took included, before
+    anybody asks for it.
+    """
+
+    op: str
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        needed = zip(inputs, ctx.needs_input_grad, strict=True)
+        ctx.save_for_backward(*(x for x, is_needed in needed if is_needed))
+        ctx.set_materialize_grads(False)
+
+    @classmethod
+    def second_derivative(cls, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        given = [x for x in grads if x is not None]
+        found = iter(torch.ops.topk_fx.no_second_derivative(cls.op, given, ctx.saved_tensors))
+        return tuple(next(found) if is_needed else None for is_needed in ctx.needs_input_grad)
+
+
+def _no_second_derivative(op: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    raise UnsupportedDerivativeError(
+        f"topk_fx::{op} has no second derivative (double backward): its gradient holds the selection constant"
+    )
+
+
+library.impl("no_second_derivative", _no_second_derivative, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("topk_fx::no_second_derivative", lib=library)
+def _no_second_derivative_fake(op: str, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+class _AttentionBackward(_Gradient):
     """attention_backward, with a clear error instead of a second derivative."""
+
+    op = "attention"
 
     @staticmethod
     def forward(
@@ -197,14 +236,8 @@ class _AttentionBackward(SingleLevelFunction):
             )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise UnsupportedDerivativeError(
-            "topk_fx::attention has no second derivative (double backward): its gradient holds the selection constant"
-        )
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _AttentionBackward.second_derivative(ctx, grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -361,8 +394,10 @@ class _FFN(SingleLevelFunction):
         )
 
 
-class _FFNBackward(SingleLevelFunction):
+class _FFNBackward(_Gradient):
     """ffn_backward, with a clear error instead of a second derivative."""
+
+    op = "ffn"
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -370,14 +405,8 @@ class _FFNBackward(SingleLevelFunction):
             return torch.ops.topk_fx.ffn_backward(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise UnsupportedDerivativeError(
-            "topk_fx::ffn has no second derivative (double backward): its gradient holds the selection constant"
-        )
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _FFNBackward.second_derivative(ctx, grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -76,6 +76,16 @@ def _attention_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tupl
     return grads, [0] * len(grads)
 
 
+def _no_second_derivative(info: Any, in_dims: tuple[Any, ...], op: str, *args: Any) -> tuple[list[Tensor], list[int]]:
+    grads, inputs = args
+    dims = _list_dims(inputs, in_dims[2])
+    samples = [
+        x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+        for x, dim in zip(inputs, dims, strict=True)
+    ]
+    return torch.ops.topk_fx.no_second_derivative(op, grads, samples), [0] * len(inputs)
+
+
 def _list_dims(operands: Sequence[Tensor], dims: Sequence[Dim] | None) -> Sequence[Dim]:
     return dims if dims is not None else [None] * len(operands)
 
@@ -111,3 +121,4 @@ def _unfold(x: Tensor, size: int, batch: int) -> Tensor:
 torch.library.register_vmap("topk_fx::attention", _attention, lib=library)
 torch.library.register_vmap("topk_fx::attention_forward", _attention_forward, lib=library)
 torch.library.register_vmap("topk_fx::attention_backward", _attention_backward, lib=library)
+torch.library.register_vmap("topk_fx::no_second_derivative", _no_second_derivative, lib=library)

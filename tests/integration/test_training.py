@@ -279,6 +279,25 @@ def test_functional_gradient_inside_the_compiled_function_is_the_references(inne
         assert_same(found[name] / scale, p.grad / scale)
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_functional_gradient_of_a_model_with_parameters_is_an_error_only_in_the_backward(inner: str) -> None:
+    """They require gradients, so AOTAutograd traces the second derivative, which may never be asked for."""
+    model = Model()
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: model(x).square().sum())(x)
+
+    options = {"k": K, "ffn_k": "all", "inner": inner}
+    found = torch.compile(gradient, backend="topk", fullgraph=True, options=options)(X)
+    assert_all_rewritten(2)
+    with KeepingTopK(K):
+        expected = gradient(X)
+    scale = expected.detach().abs().max()
+    assert_same(found.detach() / scale, expected.detach() / scale)
+    with pytest.raises(topk_fx.errors.UnsupportedDerivativeError, match="topk_fx::attention has no second derivative"):
+        found.sum().backward()
+
+
 def test_second_derivative_is_a_clear_error() -> None:
     inputs = [drawn(3, 5, 4, seed=n).requires_grad_() for n in range(3)]
     run = torch.compile(weights_of, backend="topk", options={"k": 2, "inner": "eager"})
