@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections import Counter
@@ -88,7 +89,7 @@ def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep, lowering: st
     score, weights = site.score_layout, site.weight_layout
     query = _to_softmax(emit, _arrange(emit, site.query), score, site.start_axes)
     key = _to_softmax(emit, _arrange(emit, site.key), score, site.start_axes)
-    key = emit.transpose_last(key)
+    query, key = _to_one_dtype(emit, query, emit.transpose_last(key))
     value = _to_softmax(emit, _arrange(emit, site.value), weights.inverse(score.axes), weights.axes, score)
     value = emit.transpose_last(value)
     text, operands = _ScoreText(emit, site, query).write()
@@ -106,6 +107,15 @@ def _emit_attention(emit: Emitter, site: AttentionSite, keep: Keep, lowering: st
     output = _from_last(emit, output, score)
     output, _ = weights.apply(emit, output, score.axes)
     return output if site.output_order is None else emit.permute(output, site.output_order)
+
+
+def _to_one_dtype(emit: Emitter, *factors: fx.Node) -> Sequence[fx.Node]:
+    """The factors of a product in their widest dtype. They differ under autocast alone, which lowers the op's too."""
+    dtypes = [dtype for x in factors if (dtype := dtype_of(x)) is not None]
+    if len(set(dtypes)) < 2:
+        return factors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [x if dtype_of(x) == widest else emit.call(aten.to.dtype, x, widest) for x in factors]
 
 
 def _arrange(emit: Emitter, factor: Factor) -> fx.Node:

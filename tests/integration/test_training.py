@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import KeepingTopK, assert_same, drawn
+from models import KeepingTopK, assert_same, drawn, values_and_gradients
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -158,6 +158,22 @@ def test_autocast_gives_lower_precision_outputs_and_full_precision_gradients() -
         {name: expected[name].float() / scale[name] for name in names},
         torch.bfloat16,
     )
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_autocast_of_queries_and_keys_of_two_dtypes_is_rewritten(dtypes: tuple[torch.dtype, ...]) -> None:
+    """As of a query that a parameter has scaled and a key that comes from a layer."""
+    inputs = [drawn(2, 9, 4, seed=n).to(dtype) for n, dtype in enumerate((*dtypes, torch.float32))]
+    run = torch.compile(attend, backend="topk", fullgraph=True, options={"k": "all", "inner": "aot_eager"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (output, gradients), expected = (values_and_gradients(model, inputs) for model in (run, attend))
+    assert_all_rewritten(1)
+    assert [x.dtype for x in gradients] == [x.dtype for x in inputs]
+    assert_same((output, gradients), expected, torch.bfloat16)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
 def test_gradient_scaler_and_half_precision_model_train() -> None:
