@@ -71,6 +71,10 @@ def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[
                 f"unknown option {name!r}: it is an option neither of topk_fx ({', '.join(ours_all)}) nor of "
                 f"Inductor (torch._inductor.list_options()).{nearest(name, (*ours_all, *known))}"
             )
+        kind = inductor_config.get_type(name)  # type: ignore[attr-defined]
+        # Generic types and unions know no isinstance; torch.compile does not check them for its own backend either.
+        if isinstance(kind, type) and not isinstance(rest[name], kind):
+            raise ConfigError(f"{name}={rest[name]!r} is not accepted: Inductor takes a value of type {kind.__name__}")
     if base is not None and not isinstance(base, TopKConfig):
         raise ConfigError(f"config={base!r} is not accepted: give a topk_fx.TopKConfig")
     config = TopKConfig.from_options(ours) if base is None else base.replace(**ours)

@@ -129,11 +129,10 @@ def expand_mode(mode: str) -> dict[str, Any]:
         return {}
     from torch._inductor import list_mode_options
 
-    modes = list_mode_options()
+    modes = {"default": {}, **list_mode_options()}
     if mode not in modes:
         raise ConfigError(
-            f"mode={mode!r} is not accepted: give one of {', '.join(map(repr, ('default', *modes)))}."
-            f"{nearest(str(mode), modes)}"
+            f"mode={mode!r} is not accepted: give one of {', '.join(map(repr, modes))}.{nearest(str(mode), modes)}"
         )
     return dict(modes[mode])
 

@@ -200,11 +200,19 @@ def test_config_option_is_changed_by_its_neighbours() -> None:
         ({"k": 0}, ConfigError, r"k=0 is not accepted: a count must be at least 1"),
         ({"k": 1.5}, ConfigError, r"k=1.5 is not accepted: a float is a share"),
         ({"k": "most"}, ConfigError, r"k='most' is not accepted: give an int >= 1, a float in \(0, 1\]"),
+        (
+            {"max_autotune": "yes"},
+            ConfigError,
+            r"max_autotune='yes' is not accepted: Inductor takes a value of type bool",
+        ),
         ({"inner": "inducter"}, ConfigError, r"inner='inducter' is not accepted.*Did you mean 'inductor'\?"),
         ({"mode": "max-autotun"}, ConfigError, r"mode='max-autotun' is not accepted.*Did you mean 'max-autotune'\?"),
         ({"sites": {"*": {"kk": 3}}}, UnknownOptionError, r"sites\['\*'\]: unknown setting 'kk'"),
     ],
-    ids=["ours", "ours_misspelled", "inductors_misspelled", "count", "share", "word", "inner", "mode", "sites"],
+    ids=[
+        *("ours", "ours_misspelled", "inductors_misspelled", "count", "share", "word", "inductors_type", "inner"),
+        *("mode", "sites"),
+    ],
 )
 def test_option_that_is_not_accepted_is_an_error(options: Mapping[str, Any], error: type, message: str) -> None:
     with pytest.raises(BackendCompilerFailed, match=message) as raised:
