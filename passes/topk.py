@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from topk_fx.compat import is_mapped, is_wrapped
+from topk_fx.compat import is_distributed, is_mapped, is_wrapped
 from topk_fx.config import Keep, TopKConfig, kept_count
 from topk_fx.errors import LoweringUnavailableError, ValidationError
 from topk_fx.report import RewriteReport
@@ -131,7 +131,7 @@ class TopKPass:
         config = self.config.at(where)
         facts = _attention_facts(site, config.k)
         pays = self.pays("attention", site.scores_shape, config.k, _device(site.output))
-        refusal = _refuse_transformed(site.output) or judge_attention(site, config, pays)
+        refusal = _refuse_special_tensor(site.output) or judge_attention(site, config, pays)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)
@@ -171,7 +171,7 @@ class TopKPass:
         facts = _ffn_facts(site, ffn_keep(config))
         hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size)
         pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
-        refusal = _refuse_transformed(site.output) or judge_ffn(site, config, pays)
+        refusal = _refuse_special_tensor(site.output) or judge_ffn(site, config, pays)
         if refusal is None and site.up is None and self.config.lowering == "cpu":
             detail = "the C++ kernel starts at an up projection, which is the down projection of another FFN here"
             refusal = Refusal("layer_in_two_ffns", detail, site.output)
@@ -220,13 +220,17 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
     return None if softmax is None else find_attention(softmax, order)
 
 
-def _refuse_transformed(node: fx.Node) -> Refusal | None:
+def _refuse_special_tensor(node: fx.Node) -> Refusal | None:
     """Inside torch.vmap, tracing recorded values of one sample, which nothing can be computed from outside of it.
 
-    Inside jvp, the op would raise where the dense form has a derivative.
+    Inside jvp, the op would raise where the dense form has a derivative; and no rule tells how to shard the op.
     """
     value = value_of(node)
-    if not isinstance(value, torch.Tensor) or not is_wrapped(value):
+    if not isinstance(value, torch.Tensor):
+        return None
+    if is_distributed(value):
+        return Refusal("distributed_tensor", f"{node.name} is a DTensor, and the op has no sharding rule", node)
+    if not is_wrapped(value):
         return None
     if is_mapped(value):
         return Refusal("inside_vmap", f"{node.name} is computed under torch.vmap: write the batch as an axis", node)

@@ -207,6 +207,22 @@ def test_data_parallel_model_has_the_references_gradients(
     assert (len(topk_fx.reports()) > 1) == (bucket == "bucket_a_layer")
 
 
+def test_distributed_tensors_stay_dense(process_group: None) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    inputs = [drawn(2, 9, 4, seed=n) for n in range(3)]
+    sharded = [distribute_tensor(x, mesh, [Shard(0)]) for x in inputs]
+    up, down = (distribute_tensor(drawn(*shape), mesh, [Shard(0)]) for shape in ((16, 4), (4, 16)))
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.linear(F.linear(attend(q, k, v), up).relu(), down)
+
+    run = torch.compile(model, backend="topk", options={"k": K, "ffn_k": 2, "inner": "aot_eager"})
+    assert_same(run(*sharded).full_tensor(), model(*sharded).full_tensor())
+    assert [s.reason for report in topk_fx.reports() for s in report] == ["distributed_tensor"] * 2
+
+
 # Dropout. With the identity for values, an attention puts out its weights: what was dropped is 0, the rest is doubled.
 
 
