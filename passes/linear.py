@@ -50,6 +50,8 @@ def read_product(call: Call | None) -> LinearCall | None:
     if call is None:
         return None
     match call.kind:
+        case Kind.EINSUM:
+            return _einsum_with_weight(call)
         case Kind.LINEAR:
             layer = _linear_layer(call)
             return LinearCall(call.node, call["input"], layer, (call.node,))
@@ -156,6 +158,28 @@ def _linear_layer(call: Call) -> LinearLayer:
         return LinearLayer(None, None, call.node, tuple(module.weight.shape), module.bias is not None)
     weight, bias = call["weight"], call.get("bias")
     return LinearLayer(weight, bias, None, shape_of(weight), bias is not None)
+
+
+def _einsum_with_weight(call: Call) -> LinearCall | None:
+    """An einsum such as "...d,df->...f" or "btd,fd->btf"."""
+    equation, operands = call["equation"], call["operands"]
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    x, _, weight = inputs.partition(",")
+    tokens, summed = x[:-1], x[-1:]
+    result = output[-1:]
+    letters = tokens.replace("...", "") + summed + result
+    if output[:-1] != tokens or "." in summed + result or len(set(letters)) != len(letters):
+        return None
+    if weight not in (summed + result, result + summed):
+        return None
+    found = _product_with_weight(call, *operands, None)
+    if found is None or weight == summed + result:
+        return found
+    layer = found.layer
+    shape = None if layer.shape is None else (layer.shape[1], layer.shape[0])
+    return dataclasses.replace(found, layer=dataclasses.replace(layer, shape=shape, transposed=not layer.transposed))
 
 
 def _product_with_weight(call: Call, x: Any, factor: Any, bias: Any) -> LinearCall | None:

@@ -87,10 +87,19 @@ def _exp_minus_logsumexp(exp: Call) -> Softmax | None:
     shift = read(exp["input"])
     if shift is None or shift.kind != Kind.SUB or shift.get("alpha", 1) != 1:
         return None
-    total = read_logsumexp(shift["input"], shift.get("other"))
-    if total is None or not total.is_kept:
+    inner, restored, axis = _before_unsqueeze(shift.get("other"))
+    total = None if inner is None else read_logsumexp(shift["input"], inner.node)
+    if total is None or total.is_kept != (not restored) or (restored and axis != total.dim):
         return None
-    return Softmax(shift["input"], total.dim, exp.node, (*total.nodes, shift.node, exp.node))
+    return Softmax(shift["input"], total.dim, exp.node, (*total.nodes, *restored, shift.node, exp.node))
+
+
+def _before_unsqueeze(x: Any) -> tuple[Call | None, list[fx.Node], int | None]:
+    """What gives x, before a dimension that it lacks is put back; the node that does so, and which dimension it is."""
+    call = read(x)
+    if call is None or call.kind != Kind.UNSQUEEZE or is_mutated(call.node):
+        return call, [], None
+    return read(call["input"]), [call.node], _one_dim(call.get("dim"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,17 +163,19 @@ def _finite_maximum(x: Any, call: Call) -> tuple[Any, list[fx.Node]] | None:
 
 def _exp_over_sum(div: Call) -> Softmax | None:
     """exp(x) / exp(x).sum(dim, keepdim=True), with or without the row maximum subtracted from x."""
-    exp, total = read(div["input"]), read(div.get("other"))
+    exp = read(div["input"])
+    total, restored, axis = _before_unsqueeze(div.get("other"))
     if exp is None or total is None or exp.kind != Kind.EXP or total.kind != Kind.SUM or div.get("rounding_mode"):
         return None
     if total.get("dtype") is not None:
         return None
-    if total["input"] is not exp.node or not total.get("keepdim") or is_mutated(exp.node) or is_mutated(total.node):
+    if total["input"] is not exp.node or is_mutated(exp.node) or is_mutated(total.node):
         return None
     dim = _one_dim(total.get("dim"))
-    if dim is None:
+    is_kept = bool(total.get("keepdim")) if not restored else not total.get("keepdim") and axis == dim
+    if dim is None or not is_kept:
         return None
-    interior = [exp.node, total.node, div.node]
+    interior = [exp.node, total.node, *restored, div.node]
     source, bare_exp = exp["input"], exp.node
     shift = read(source)
     if shift is not None and shift.kind == Kind.SUB and shift.get("alpha", 1) == 1:

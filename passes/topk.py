@@ -210,7 +210,7 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
     match call.kind:
         case Kind.ATTENTION:
             return find_sdpa(call, order)
-        case Kind.LINEAR | Kind.ADDMM:
+        case Kind.LINEAR | Kind.ADDMM | Kind.EINSUM:
             return find_ffn(call, order)
         case Kind.MATMUL | Kind.GROUPED_MATMUL | Kind.BADDBMM:
             return find_ffn(call, order) or find_experts(call)

@@ -618,6 +618,19 @@ def exp_less_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
 
 
+@spelling(symbolic="", dense=plain)
+def exp_over_sum_unsqueezed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    weights = torch.exp(scores - scores.max(-1)[0].unsqueeze(-1))
+    return weights / weights.sum(-1).unsqueeze(-1) @ v
+
+
+@spelling(symbolic="", dense=plain)
+def exp_less_logsumexp_unsqueezed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    return (scores - torch.logsumexp(scores, -1).unsqueeze(-1)).exp() @ v
+
+
 @spelling()
 def softmax_less_row_maximum(q: Tensor, k: Tensor, v: Tensor, additive: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) + additive

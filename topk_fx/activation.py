@@ -40,7 +40,7 @@ def _sigmoid_gate_derivative(slope: float) -> Callable[[Tensor], Tensor]:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(F.relu, lambda x: (x > 0).to(x.dtype), is_relu_like=True),
+    "relu": Activation(F.relu, lambda x: (~(x <= 0)).to(x.dtype), is_relu_like=True),
     "relu2": Activation(lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x), is_relu_like=True),
     "gelu": Activation(F.gelu, _gelu_derivative),
     "gelu_tanh": Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_derivative),

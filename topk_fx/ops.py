@@ -95,7 +95,7 @@ def _attention(
         )
         output = output.squeeze(-1) if value.dim() == 1 else output
         return output.squeeze(-2 if value.dim() > 1 else -1) if query.dim() == 1 else output
-    frame = attention_frame(query, key, value, operands, function.tables)
+    frame = attention_frame(query, key, value, operands, function.tables, function.only_after)
     keep = None
     kept = torch.sym_min(k, frame.key.size(-2))
     min_slots = 2 if could_be_one(kept) else 0

@@ -30,11 +30,17 @@ class AttentionFrame:
 
 
 def attention_frame(
-    query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor], tables: Collection[int] = ()
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    tables: Collection[int] = (),
+    after: Collection[int] = (),
 ) -> AttentionFrame:
     """Fits query [..., Lq, D], key [..., Lk, D], value [..., Lk, Dv] and operands together.
 
-    `tables` are the operands whose last axis is not that of the keys: [..., H|1, 1, N].
+    `tables` are the operands whose last axis is not that of the keys: [..., H|1, 1, N]; `after` are those which the
+    probabilities alone meet, of which there are no more than keys.
 
     Raises:
         ShapeError: ranks, head sizes, key counts, heads or batch sizes that do not fit.
@@ -53,8 +59,13 @@ def attention_frame(
             )
     batch = broadcast("batch sizes", *(x.shape[:-3] for x in (query, key, value, *rest)))
     (key_count,) = broadcast(
-        "key counts", key.shape[-2:-1], *(x.shape[-1:] for n, x in enumerate(rest) if n not in tables)
+        "key counts", key.shape[-2:-1], *(x.shape[-1:] for n, x in enumerate(rest) if n not in {*tables, *after})
     )
+    for n in sorted({*after} - {*tables}):
+        if rest[n].size(-1) not in (1, key_count):
+            raise ShapeError(
+                f"operand ${n} has shape {tuple(rest[n].shape)}; it would enlarge the {key_count} probabilities"
+            )
     if value.size(-2) != key_count:
         raise ShapeError(f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths differ")
     query_shape = broadcast(

@@ -155,6 +155,7 @@ class _Lines:
         self.program, self.kinds = program, kinds
         self.operands: dict[int, str] = {}  # those read element by element, and their C++ types
         self.tables: dict[int, str] = {}
+        self.integer_bytes: dict[Name, int] = {}  # of results that are integers of fewer than 64 bits
         self.values: dict[Expression, _Value] = {
             SCORES: _Value(FLOAT, "s", "s", varies=True),
             QUERY_POSITION: _Value(INT, "i", "i", limit=_POSITION_LIMIT - 1),
@@ -164,6 +165,7 @@ class _Lines:
         for number in sorted(self._needed()):
             name = Name(f"%{number}")
             value = self._compute(program.operations[number], name in program.score_dependent)
+            self._check_range(name, program.operations[number], value)
             self.lines.append((name, value))
             self.values[name] = dataclasses.replace(value, code=f"v{number}", interval=f"v{number}")
 
@@ -221,6 +223,28 @@ class _Lines:
         value = rule(*arguments)
         varies, weight = any(x.varies for x in arguments), max(x.weight for x in arguments)
         return dataclasses.replace(value, varies=varies, weight=max(weight, value.weight if call.name in CASTS else 0))
+
+    def _check_range(self, name: Name, call: Call, value: _Value) -> None:
+        """NoCodeError where integers of few bits might wrap around, which those of C++ here do not."""
+        if value.type != INT:
+            return
+        sizes = [size for x in call.arguments if (size := self._bytes_of(x, call.name))]
+        if not sizes:
+            return
+        size = self.integer_bytes[name] = max(sizes)
+        if call.name in _MAY_WRAP and (size < 4 or (size == 4 and value.limit >= 2**31)):
+            raise NoCodeError(f"{call.name} of integers of {8 * size} bits, which may wrap around")
+
+    def _bytes_of(self, x: Expression, operation: str) -> int:
+        """The size of an integer tensor that takes part in an operation, or is cast to; 0 for what is none."""
+        if operation in CASTS:
+            return {"int32": 4, "int64": 8}.get(operation, 0)
+        if isinstance(x, Operand):
+            dtype = self.kinds[x.index].dtype
+            return 0 if dtype.is_floating_point or dtype == torch.bool else dtype.itemsize
+        if isinstance(x, Name) and self.values[x].type == INT:
+            return self.integer_bytes.get(x, 8)
+        return 0
 
     def _lookup(self, call: Call) -> _Value:
         table, index = call.arguments[0].index, self._read(call.arguments[1])
@@ -523,6 +547,8 @@ def _as_tensor(type_: str, x: _Value) -> _Value:
     """A cast makes a tensor of a number."""
     return dataclasses.replace(_cast(x, type_), weight=max(x.weight, 1))
 
+
+_MAY_WRAP = ("add", "sub", "mul", "neg", "abs", "square", "pow")
 
 _RULES: Mapping[str, Callable[..., _Value]] = {
     "add": _arithmetic("({0} + {1})", "interval_add({0}, {1})", lambda a, b: a + b),

@@ -65,6 +65,14 @@ def test_output_and_gradients_match_the_definition(k, gated, dtype):
     assert output.dtype == dtype
 
 
+def test_gradient_of_a_row_of_nan_is_that_of_dense():
+    (input, up_weight, down_weight), _ = ffn_inputs(TOKENS, dtype=torch.float64)
+    with torch.no_grad():
+        input[2, 1] = math.nan
+    for k in ("all", 5):
+        check(input, up_weight, down_weight, k=k)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 5, 0.3, "all"])
 def test_without_an_up_projection_the_input_is_what_is_activated(k, dtype):

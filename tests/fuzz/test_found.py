@@ -74,6 +74,42 @@ def test_root_of_probabilities_has_no_gradient_where_no_key_is_kept() -> None:
     torch.testing.assert_close(gradients[0][0], torch.zeros(2, dtype=torch.float64))
 
 
+def test_differences_of_bytes_wrap_around() -> None:
+    """In C++ they were differences of integers of 32 bits."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = (torch.arange(5, dtype=torch.uint8) for _ in range(2))
+        return (q @ k.mT).masked_fill(j - i[:, None] > 0, -1e4).softmax(-1) @ v
+
+    inputs = [x.float() for x in drawn((5, 3), (5, 3), (5, 3))]
+    rewritten, _, _ = ExportTrace(model, inputs).rewrite(k="all")
+    torch.testing.assert_close(rewritten(*inputs), model(*inputs))
+
+
+def test_boolean_that_is_clamped_counts() -> None:
+    """clamp of booleans to a number gives integers, and one of integers to 0.5 no integers."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.arange(4) > torch.arange(3)[:, None]
+        near = (torch.arange(4) - torch.arange(3)[:, None]).clamp(max=1.5)
+        return ((q @ k.mT) + later.clamp(max=3) * 0.5 + near).softmax(-1) @ v
+
+    assert check(model, *drawn((3, 2), (4, 2), (4, 3))) == [""]
+
+
+def test_number_of_probabilities_that_a_mask_would_enlarge_is_an_error() -> None:
+    """Without shapes the pass cannot tell that there is one key, and a product with a matrix makes five of it."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k[:1].mT).softmax(-1) * torch.ones(3, 4)) @ v
+
+    inputs = drawn((3, 2), (4, 2), (4, 3))
+    rewritten, report = topk_fx.rewrite(fx.symbolic_trace(model), k="all")
+    assert [site.rewritten for site in report] == [True]
+    with pytest.raises(topk_fx.errors.ShapeError, match="would enlarge the 1 probabilities"):
+        rewritten(*inputs)
+
+
 def test_symbolic_size_equal_to_the_head_size_stays_symbolic() -> None:
     """Four queries, whose features come first, and values of size four: reporting the sizes compared the two."""
 

@@ -594,6 +594,19 @@ def test_adjoining_regions_compute_what_dense_computes(model: Callable[..., Tens
         assert [site.reason for site in report] == ["", ""]
 
 
+def einsum_of_matrices(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return torch.einsum("btf,df->btd", F.relu(torch.einsum("...d,df->...f", x, up.T)), down)
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "export"])
+def test_layers_written_as_einsums_are_rewritten(tracer: str) -> None:
+    inputs = inputs_of(einsum_of_matrices)
+    for k in ("all", K):
+        rewritten, report, _ = TRACERS[tracer](einsum_of_matrices, inputs).rewrite(ffn_k=k)
+        assert [site.rewritten for site in report] == [True]
+        assert_same(rewritten(*inputs), reference.ffn(*inputs, k=k))
+
+
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_layers_of_three_keep_units_twice(tracer: str) -> None:
     """The second FFN begins at what the first puts out: its hidden units are activated, and no layer is left to them."""

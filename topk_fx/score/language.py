@@ -207,6 +207,12 @@ class Score:
         return frozenset(call.arguments[0].index for call in calls if call.name == "lookup")
 
     @functools.cached_property
+    def only_after(self) -> frozenset[int]:
+        """The operands that the probabilities alone meet."""
+        before, after = ({x.index for call in p.operations for x in call.operands} for p in (self.before, self.after))
+        return frozenset(after - before - ({self.sink.index} if self.sink is not None else set()))
+
+    @functools.cached_property
     def is_causal(self) -> bool:
         """Whether query i certainly keeps no key beyond i."""
         steps = [x for x in self._parts[0] if isinstance(x, Step) and x.name != "sink"]

@@ -45,7 +45,8 @@ class Operation:
 
 
 def _number(x: Any, like: Tensor) -> Tensor:
-    return x if isinstance(x, Tensor) else like.new_tensor(x)
+    """A number as a tensor of the dtype that it and `like` promote to: beside integers, 0.5 stays 0.5."""
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.result_type(like, x), device=like.device)
 
 
 def _maximum(a: Any, b: Any) -> Tensor:
@@ -201,7 +202,7 @@ _define("log_sigmoid", F.logsigmoid, lambda g, x: g * torch.sigmoid(-x()))
 _define("silu", F.silu, lambda g, x: g * (torch.sigmoid(x()) + x() * _sigmoid_slope(x())))
 _define("gelu", F.gelu, _gelu_derivative)
 _define("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_derivative)
-_define("relu", torch.relu, lambda g, x: g * (x() > 0))
+_define("relu", torch.relu, lambda g, x: g * ~(x() <= 0))  # NaN passes the gradient, as in ATen
 _define("softsign", F.softsign, lambda g, x: g / (1 + x().abs()).square())
 _define(
     "leaky_relu",
