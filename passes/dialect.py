@@ -162,6 +162,7 @@ _row(Kind.MAX, "input dim keepdim", torch.max, "max", aten.max)
 _row(Kind.MASKED_FILL, "input mask value", torch.masked_fill, "masked_fill", aten.masked_fill,
      in_place=("masked_fill_", aten.masked_fill_))  # fmt: skip
 _row(Kind.WHERE, "condition input other", torch.where, aten.where)
+_row(Kind.WHERE, "input condition other", "where")
 _row(Kind.DROPOUT, "input p training inplace", F.dropout)
 _row(Kind.DROPOUT, "input p training", torch.dropout, aten.dropout, in_place=(torch.dropout_, aten.dropout_))
 _row(

@@ -197,6 +197,9 @@ def _read_parametrised(node: fx.Node, target: Any) -> Operation | None:
     if defaults is None:
         return None
     values = dict(defaults)
+    is_ours = all(isinstance(x, bool) == (name == "inplace") for name, x in zip(values, node.args[1:], strict=False))
+    if len(node.args) - 1 > len(values) or not is_ours:  # aten.elu has two scales more
+        return None
     positional = dict(zip(values, node.args[1:], strict=False))
     given = {**positional, **node.kwargs}
     if given.pop("inplace", False) is True or not set(given) <= set(values) or not node.args:

@@ -69,6 +69,8 @@ def depends_on(node: fx.Node, source: fx.Node, order: Order) -> bool:
 def _read_values(node: fx.Node) -> list[fx.Node]:
     """The arguments of which a node reads more than shape and dtype."""
     call = read(node)
+    if call is not None and call.kind == Kind.FILLED_LIKE:
+        return []
     if call is not None and call.kind in (Kind.EXPAND, Kind.VIEW, Kind.CAST):  # as expand_as, view_as, type_as
         return [call["input"]]
     return node.all_input_nodes

@@ -175,7 +175,7 @@ def check_cast(call: Call) -> fx.Node | None:
     return like
 
 
-Dropout = tuple[float, fx.Node | None]
+Dropout = tuple[float | fx.Node, fx.Node | None]
 """The probability of a dropout, and the call of the module that can switch it off at run time, if it is a module."""
 
 NO_DROPOUT: Dropout = (0.0, None)
@@ -189,9 +189,9 @@ def dropout_of(call: Call) -> Dropout:
     training = call.get("training", True)
     if training is False or p == 0:
         return NO_DROPOUT
-    if training is not True or not isinstance(p, (int, float)):
+    if training is not True or not (isinstance(p, (int, float)) or is_scalar(p)):
         raise Refuse("dropout_mode_not_static", f"whether {describe(call.node)} is active is known only at run time")
-    return float(p), None
+    return (p if isinstance(p, fx.Node) else float(p)), None
 
 
 def merge_dropout(first: Dropout, call: Call) -> Dropout:

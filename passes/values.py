@@ -162,6 +162,10 @@ def constant_of(value: Any) -> float | None:
 def filled_like(value: Any, scores: fx.Node) -> float | None:
     """The number of a tensor that holds one number everywhere, in the shape of the scores."""
     call = read(value)
+    if call is not None and call.kind in (Kind.MUL, Kind.NEG) and not call.in_place:
+        factors = [call["input"], call.get("other", -1.0)]
+        numbers = [constant_of(x) if not isinstance(x, fx.Node) else filled_like(x, scores) for x in factors]
+        return math.prod(numbers) if None not in numbers else None  # type: ignore[arg-type]
     if call is None or call.kind != Kind.FILLED_LIKE or call["input"] is not scores or is_mutated(call.node):
         return None
     name = getattr(call.node.target, "__name__", "")

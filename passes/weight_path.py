@@ -166,7 +166,7 @@ def _conditional(name: str, condition: Any, value: Any, stage: int) -> ScoreStep
 
 
 def _argument(x: Any, stage: int) -> Any:
-    number = constant_of(x)
+    number = float(x) if isinstance(x, bool) else constant_of(x)
     return Term(x, stage) if number is None else number
 
 

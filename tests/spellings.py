@@ -565,6 +565,23 @@ def sink_as_factor_of_the_weights(q: Tensor, k: Tensor, v: Tensor, sink: Tensor)
 
 
 @spelling()
+def filled_by_a_multiple_of_ones(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Graph attention."""
+    scores = q @ k.transpose(-2, -1)
+    return torch.where(keep, scores, -9e15 * torch.ones_like(scores)).softmax(-1) @ v
+
+
+@spelling()
+def where_as_a_method(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).where(keep, -1e9).softmax(-1) @ v
+
+
+@spelling()
+def weights_times_a_truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1)).softmax(-1) * True) @ v
+
+
+@spelling()
 def weights_scaled_by_head(q: Tensor, k: Tensor, v: Tensor, scale_heads: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1)).softmax(-1) * scale_heads) @ v
 

@@ -74,6 +74,38 @@ def test_root_of_probabilities_has_no_gradient_where_no_key_is_kept() -> None:
     torch.testing.assert_close(gradients[0][0], torch.zeros(2, dtype=torch.float64))
 
 
+def test_cast_to_integers_has_no_gradient() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return (scores + scores.long()).softmax(-1) @ v
+
+    assert check(model, *drawn((3, 2), (4, 2), (4, 3))) == [""]
+
+
+def test_scales_of_elu_are_not_dropped() -> None:
+    """SELU is what it decomposes to."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.aten.elu(q @ k.mT, 1.5, 2.0, 0.5).softmax(-1) @ v
+
+    assert check(model, *drawn((3, 2), (4, 2), (4, 3))) == ["unknown_score_op"]
+
+
+def test_dropout_whose_probability_is_symbolic_is_rewritten() -> None:
+    """dynamic=True makes a symbol of every number of Python."""
+    model = torch.nn.Dropout(0.4)
+    q, k, v = drawn((6, 3), (6, 3), (6, 3))
+    compiled = torch.compile(
+        lambda q, k, v: model((q @ k.mT).softmax(-1)) @ v, backend="topk", options={"k": "all"}, dynamic=True
+    )
+    torch.manual_seed(0)
+    output = compiled(q.float(), k.float(), v.float().abs())
+    assert [site.reason for site in topk_fx.reports()[-1]] == [""]
+    dense = (q @ k.mT).softmax(-1).float() @ v.float().abs()
+    assert not torch.allclose(output, dense)
+    assert (output <= dense / 0.6 + 1e-5).all()
+
+
 def test_differences_of_bytes_wrap_around() -> None:
     """In C++ they were differences of integers of 32 bits."""
 

@@ -286,6 +286,6 @@ for _name, _dtype in CAST_DTYPES.items():
     _define(
         _name,
         lambda x, dtype=_dtype: x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype),
-        lambda g, _x: g,
+        (lambda g, _x: g) if _dtype.is_floating_point else None,
     )
 OPERATIONS["lookup"] = Operation(_lookup, (None, None), (2,))
