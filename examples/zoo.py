@@ -277,12 +277,14 @@ def main() -> None:
     run("llama", "eager")  # so that what the first compile imports is imported once
     torch._dynamo.reset()
     topk_fx.clear_reports()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for result in run_all(cases, arguments.jobs, arguments.limit):
         results.append(result)
+        if len(results) % 50 == 0:
+            arguments.output.write_text(table(results))  # so that a run which is ended leaves what it found
         what = f"{result.problem}: {result.detail}" if result.problem else f"{result.count('attention')} rewritten"
         print(f"{len(results)} of {len(cases)}: {result.architecture} ({result.attention}): {what}", flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(table(results))
     print(f"written: {arguments.output}")
 
