@@ -174,7 +174,7 @@ def _einsum_with_weight(call: Call) -> LinearCall | None:
         return None
     if weight not in (summed + result, result + summed):
         return None
-    found = _product_with_weight(call, *operands, None)
+    found = _product_with_weight(call, operands[0], operands[1], None)
     if found is None or weight == summed + result:
         return found
     layer = found.layer

@@ -184,8 +184,8 @@ def check_ffn_inputs(
     for name, shape in expected.items():
         x = tensors.get(name)
         if x is not None and tuple(x.shape) != shape:
-            given = _hidden_by(up_weight, down_weight)
-            raise ShapeError(f"{name} has shape {tuple(x.shape)}; with {given} it must be {tuple(shape)}")
+            told = _hidden_by(up_weight, down_weight)
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; with {told} it must be {tuple(shape)}")
 
 
 def _hidden_by(up_weight: Tensor | None, down_weight: Tensor) -> str:
