@@ -20,8 +20,11 @@ def judge_attention(site: AttentionSite, config: SiteConfig, pays: bool) -> Refu
     return None
 
 
-def judge_ffn(site: FFNSite, config: SiteConfig, pays: bool) -> Refusal | None:
-    """Why an FFN site stays dense under a configuration, or None. `pays`: whether top-k would take less time."""
+def judge_ffn(site: FFNSite, config: SiteConfig, pays: bool, lowering: str | None) -> Refusal | None:
+    """Why an FFN site stays dense under a configuration, or None.
+
+    `pays`: whether top-k would take less time; `lowering`: the one that is forced.
+    """
     if not config.enabled:
         return Refusal("disabled_by_config", "sites= turns it off", site.output)
     if config.ffn_k is None and not ACTIVATIONS[site.activation].is_relu_like:
@@ -36,6 +39,9 @@ def judge_ffn(site: FFNSite, config: SiteConfig, pays: bool) -> Refusal | None:
         return Refusal("k_covers_all_units", f"ffn_k={keep} keeps all {hidden_size} units", site.output)
     if config.ffn_when == "pays" and not pays:
         return Refusal("dense_is_faster", "give ffn_k or when='always' to rewrite it", site.output)
+    if site.up is None and lowering == "cpu":
+        detail = "the C++ kernel starts at an up projection, which is the down projection of another FFN here"
+        return Refusal("layer_in_two_ffns", detail, site.output)
     return None
 
 

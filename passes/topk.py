@@ -171,10 +171,7 @@ class TopKPass:
         facts = _ffn_facts(site, ffn_keep(config))
         hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size)
         pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
-        refusal = _refuse_special_tensor(site.output) or judge_ffn(site, config, pays)
-        if refusal is None and site.up is None and self.config.lowering == "cpu":
-            detail = "the C++ kernel starts at an up projection, which is the down projection of another FFN here"
-            refusal = Refusal("layer_in_two_ffns", detail, site.output)
+        refusal = _refuse_special_tensor(site.output) or judge_ffn(site, config, pays, self.config.lowering)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, validator)

@@ -18,7 +18,8 @@ def module_path(node: fx.Node) -> str:
     entry = list(stack.values())[-1]
     path = entry[0] if isinstance(entry, tuple) else str(entry)
     path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)  # L['self'].layers[0] -> L.self.layers.0
-    path = re.sub(r"^L\.", "", path)
+    # Dynamo calls a module of torch.nn that is compiled itself `fn`, and reaches into a class with a __getattr__.
+    path = re.sub(r"^L\.(fn(\.|$))?|^G\.", "", path).replace(".__dict__", "")
     path = re.sub(r"^(L__self__|self|model_self)(\.|$)", "", path)
     return re.sub(r"\._(modules|orig_mod)\b", "", path).replace("_modules.", "").removeprefix("_orig_mod.")
 

@@ -182,3 +182,30 @@ def test_relu_like_activations_need_no_ffn_k() -> None:
     trace = DynamoTrace(model, (torch.randn(3, 8), torch.randn(16, 8), torch.randn(8, 16)))
     _, report, _ = trace.rewrite(when="always")
     assert sorted((site.k, site.reason) for site in report) == [("", "ffn_k_not_given"), ("0.25", ""), ("0.25", "")]
+
+
+class Reached(nn.Module):
+    """A class with a __getattr__ of its own, through whose __dict__ Dynamo finds its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("model", [Reached(), nn.TransformerEncoder(Reached().layer, 1)], ids=["reached", "of_torch"])
+def test_path_of_a_site_is_that_of_the_module_however_dynamo_reaches_it(model: nn.Module, is_global: bool) -> None:
+    path = "layer.self_attn" if isinstance(model, Reached) else "layers.0.self_attn"
+    sites = {f"*{path}" if is_global else path: False}
+    globals()["module_of_this_test"] = model
+    called = (lambda x: module_of_this_test(x)) if is_global else model  # type: ignore[name-defined]  # noqa: F821
+    torch.compile(called, backend="topk", options={"k": 2, "inner": "eager", "sites": sites})(drawn(2, 5, 16))
+    (site,) = (site for site in topk_fx.reports()[-1] if site.kind == "attention")
+    assert site.where == (f"module_of_this_test.{path}" if is_global else path)
+    assert site.reason == "disabled_by_config"
