@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .grouped_heads import look_through
 from .layout import Layout, LayoutError
 from .meaning import Meaning
 from .mutation import mutated_arguments
-from .score_path import Product, ScorePath, Sink
+from .score_path import Product, ScorePath, Sink, leads_to_product
 from .sink_factor import check_rows_of_factor, take_sink_factor
 from .sites import AttentionSite, Factor, Refusal, Refuse, ScoreStep, Term
 from .softmax import Softmax
@@ -30,6 +31,7 @@ from .span import check_span
 from .trace import MOVES, Order, Trace, is_assert
 from .values import dtype_of, is_nested, is_scalar, shape_of, value_of
 from .weight_path import follow_weights
+from .where import describe
 
 
 def find_attention(softmax: Softmax, order: Order) -> AttentionSite | Refusal:
@@ -114,7 +116,10 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
     product, steps = path.walk()
     if not product.first_moves and not path.layout.moves:
         product.query, product.key = (look_through(x, trace.passed) for x in (product.query, product.key))
-    weights = follow_weights(softmax.output, path.layout, path.sink, trace)
+    try:
+        weights = follow_weights(softmax.output, path.layout, path.sink, trace)
+    except Refuse as refusal:
+        raise _as_mixed_heads(product) or refusal from refusal
     weights, sink = take_sink_factor(path, weights)
     value = weights.value
     if not weights.layout.moves and weights.output_order is None:
@@ -158,6 +163,17 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
     )
     _check_inputs(site, trace)
     return site
+
+
+def _as_mixed_heads(product: Product) -> Refuse | None:
+    """What is wrong with a product that mixes the scores of several heads, as talking heads do, if it is one."""
+    mixed = shape_of(product.node)
+    for factor in (product.query, product.key):
+        shape = shape_of(factor.node)
+        is_as_large = shape is not None and mixed is not None and len(shape) == len(mixed)
+        if is_as_large and Counter(shape) == Counter(mixed) and leads_to_product(factor.node):
+            return Refuse("heads_mixed", f"{describe(product.node)} mixes the scores of several heads")
+    return None
 
 
 def _range_of_exp(exp: fx.Node | None) -> tuple[ScoreStep, ...]:

@@ -30,6 +30,7 @@ class Kind(enum.Enum):
     LINEAR = "linear layer"
     ADDMM = "term plus matrix product"
     SOFTMAX = "softmax"
+    SOFTMIN = "softmax of the negated values"
     ATTENTION = "scaled_dot_product_attention"
     ADD = "sum"
     SUB = "difference"
@@ -57,6 +58,7 @@ class Kind(enum.Enum):
     UNSQUEEZE = "unsqueeze"
     SQUEEZE = "squeeze"
     GETITEM = "indexing"
+    SETITEM = "writing by index"
     REPEAT_INTERLEAVE = "repeat_interleave"
     RELU = "relu"
     GELU = "gelu"
@@ -107,7 +109,8 @@ _SAME_NAMES = {
     "self": "input", "tensor": "input", "x": "input", "axis": "dim", "mat2": "other", "tensor2": "other",
     "min_val": "min", "max_val": "max", "tensors": "input", "attn_bias": "attn_mask", "train": "training",
     "batch1": "left", "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim", "mat_a": "input",
-    "mat_b": "other", "split_size_or_sections": "sections", "split_size": "sections", "split_sizes": "sections",
+    "mat_b": "other", "values": "value", "split_size_or_sections": "sections", "split_size": "sections",
+    "split_sizes": "sections",
 }  # fmt: skip
 _IGNORED = {"_stacklevel", "memory_format", "non_blocking", "copy", "layout", "device", "pin_memory", "implicit"}
 
@@ -193,6 +196,9 @@ _row(Kind.REVERSE_AXES, "input", aten.numpy_T)
 _row(Kind.UNSQUEEZE, "input dim", "unsqueeze", torch.unsqueeze, aten.unsqueeze)
 _row(Kind.SQUEEZE, "input dim", "squeeze", torch.squeeze, aten.squeeze)
 _row(Kind.GETITEM, "input index", operator.getitem)
+_row(Kind.SETITEM, "input index value", in_place=(operator.setitem, "__setitem__"))
+_row(Kind.SETITEM, "input indices value accumulate",
+     in_place=(torch.index_put_, "index_put_", aten.index_put_))  # fmt: skip
 _row(Kind.CAT, "input dim", torch.cat, torch.concat, torch.concatenate, aten.cat, aten.concat)
 _row(Kind.SLICE, "input dim start end step", aten.slice)
 _row(Kind.NARROW, "input dim start length", torch.narrow, "narrow", aten.narrow)
@@ -211,7 +217,8 @@ _row(Kind.FILLED_LIKE, "input fill_value", torch.full_like, aten.full_like)
 _row(Kind.FILLED_LIKE, "input", torch.zeros_like, torch.ones_like, aten.zeros_like, aten.ones_like)
 _row(Kind.ATTENTION, "query key value dropout_p is_causal attn_mask scale",
      aten._scaled_dot_product_flash_attention_for_cpu)  # fmt: skip
-_row(Kind.OPAQUE, "input", F.softmin,
+_row(Kind.SOFTMIN, "input dim _stacklevel dtype", F.softmin)
+_row(Kind.OPAQUE, "input",
      aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
      aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_attention_math,
      torch.ops.higher_order.flex_attention)  # fmt: skip
@@ -232,6 +239,7 @@ _row(Kind.MODE, "mode", torch._C._set_grad_enabled, torch.amp.autocast_mode._ent
 
 _MODULES: dict[type[nn.Module], tuple[Kind, Callable[[Any], dict[str, Any]]]] = {
     nn.Softmax: (Kind.SOFTMAX, lambda m: {"dim": m.dim}),
+    nn.Softmin: (Kind.SOFTMIN, lambda m: {"dim": m.dim}),
     nn.LogSoftmax: (Kind.LOG_SOFTMAX, lambda m: {"dim": m.dim}),
     nn.Dropout: (Kind.DROPOUT, lambda m: {"p": m.p, "inplace": m.inplace}),
     nn.Identity: (Kind.SAME, lambda m: {}),
@@ -261,7 +269,7 @@ def read(node: Any) -> Call | None:
     if row is None:
         return None
     arguments = _bind(row, node)
-    if arguments is None and row.kind in (Kind.SOFTMAX, Kind.ATTENTION):
+    if arguments is None and row.kind in (Kind.SOFTMAX, Kind.SOFTMIN, Kind.ATTENTION):
         return Call(Kind.OPAQUE, node, {})  # one that no pass understands is still reported
     if arguments is None or (not isinstance(arguments.get("input", node), fx.Node) and row.kind not in _SCALAR_FIRST):
         return None
@@ -271,6 +279,8 @@ def read(node: Any) -> Call | None:
         arguments = {"min": -1.0, "max": 1.0, **arguments}
     if node.target in ("float", "half", "bfloat16", "double"):
         arguments["dtype"] = _CAST_METHODS[node.target]
+    if isinstance(indices := arguments.pop("indices", None), (list, tuple)):  # in which None is no new axis
+        arguments["index"] = tuple(slice(None) if x is None else x for x in indices)
     return Call(row.kind, node, arguments, row.in_place or arguments.get("inplace") is True)
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from topk_fx.activation import ACTIVATIONS
 
 from .dialect import Call, Kind, read
+from .ffn_refused import refuse_ffn
 from .hidden import HiddenReader, NotHidden, is_affine, is_floating_cast, name_activation
 from .linear import RESHAPES, LinearCall, Part, is_rewritten, keeps_rows, read_product, token_source
 from .score_steps import NO_DROPOUT, merge_dropout
@@ -27,9 +28,9 @@ def find_ffn(down: Call, order: Order) -> FFNSite | Refusal | None:
         return None
     candidate = _Candidate(layer, order)
     try:
-        return candidate.read()
+        return candidate.read() or refuse_ffn(layer)
     except NotHidden:
-        return None
+        return refuse_ffn(layer)
     except Refuse as refusal:
         return Refusal(refusal.reason, refusal.detail, down.node, "ffn", candidate.products)
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .axes import EinsumAxes, read_move, same_shape
 from .dialect import Call, Kind, read
 from .elementwise import read_elementwise
+from .index_fill import IndexFill, read_index_fill
 from .layout import Layout, Permute, whole_axis
 from .meaning import StagedStretch, Stretch, depends_on, find_stretch
 from .mutation import mutated_arguments
@@ -26,7 +27,8 @@ from .where import describe
 
 CHAIN = {
     Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.TANH, Kind.CLAMP, Kind.MASKED_FILL, Kind.WHERE, Kind.CAST,
-    Kind.SAME, Kind.DROPOUT, Kind.ADDCMUL, *MOVES,
+    Kind.SAME, Kind.DROPOUT, Kind.ADDCMUL, Kind.SETITEM,
+    *MOVES,
 }  # fmt: skip
 PRODUCTS = {Kind.MATMUL, Kind.BADDBMM, Kind.EINSUM, Kind.ADDMM}
 _STRICT_PRODUCTS = {
@@ -43,8 +45,8 @@ _SCORE_ARGUMENTS = {
 }
 
 
-Event = Call | Step | Stretch
-"""What the scores pass: a move, a step, or a stretch that no step describes."""
+Event = Call | Step | Stretch | IndexFill
+"""What the scores pass: a move, a step, a stretch that no step describes, or a write to some of them."""
 
 
 @dataclasses.dataclass
@@ -106,7 +108,7 @@ class ScorePath:
 
     def _walk_back(self, key_axis: int) -> tuple[fx.Node, list[Event], int]:
         """From the softmax to the product: its node, what was passed (last first), and the softmax axis there."""
-        events: list[Event] = []
+        events: list[Event] = [] if self.softmax.factor == 1 else [("mul", (self.softmax.factor,))]
         self._product_behind(self.softmax.input)  # or else it is no attention, whatever its axes are
         user, node = self._first_user(), self.softmax.input
         while True:
@@ -133,6 +135,9 @@ class ScorePath:
         source = None if call is None else self._score_source(call)
         if call is None or source is None or self._uses_scores_twice(call, source, product):
             return self._stretch_back(node, product, events)
+        if call.kind == Kind.SETITEM:
+            events.append(read_index_fill(call))
+            return source
         try:
             reading = read_steps(call, source, self._dim(node, key_axis))
         except Refuse as refusal:
@@ -169,7 +174,7 @@ class ScorePath:
                 return node
             source = None if call is None else self._score_source(call)
             if call is not None and call.kind == Kind.CAT:
-                source = next((x for x in call.node.all_input_nodes if _leads_to_product(x)), None)
+                source = next((x for x in call.node.all_input_nodes if leads_to_product(x)), None)
             if source is None and call is not None and call.kind in MOVES and _may_lead_to_product(call["input"]):
                 source = call["input"]
             if source is None:
@@ -197,7 +202,7 @@ class ScorePath:
         if len(shapes) != 2 or None in shapes or rank is None or events or self.sink is not None:
             raise Refuse("scores_concatenated", f"{describe(node)} joins scores of several products or steps")
         widths = [shape[key_axis] for shape in shapes if shape is not None]
-        is_first = statically_known_true(widths[0] == 1) and not _leads_to_product(parts[0])
+        is_first = statically_known_true(widths[0] == 1) and not leads_to_product(parts[0])
         if call.get("dim", 0) % rank != key_axis % rank or not statically_known_true(widths[1 - is_first] == 1):
             raise Refuse("scores_concatenated", f"{describe(node)} joins scores of several products or steps")
         self.sink = Sink(parts[1 - is_first], is_first)
@@ -234,7 +239,7 @@ class ScorePath:
         if call.kind not in CHAIN:
             return None
         names = _SCORE_ARGUMENTS.get(call.kind, ("input",))
-        sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and _leads_to_product(x)]
+        sources = [x for name in names if isinstance(x := call.get(name), fx.Node) and leads_to_product(x)]
         whole = [x for x in sources if _is_of_shape(x, call.node)]
         chosen = next(iter(whole or sources), None)
         if call.in_place and chosen is not call.get("input"):
@@ -310,6 +315,8 @@ class ScorePath:
                 self.layouts.append(self.layout.then(move_of(event, self.layout)))
             elif isinstance(event, Stretch):
                 steps.append(ScoreStep("set", (StagedStretch(event, stage),)))
+            elif isinstance(event, IndexFill):
+                steps.append(event.at(self.layout, stage))
             else:
                 name, arguments = event
                 steps.append(ScoreStep(name, tuple(a.at(stage) if isinstance(a, Operand) else a for a in arguments)))
@@ -328,6 +335,8 @@ def _keeps_shift(event: Event) -> bool:
         return True
     if isinstance(event, Stretch):
         return False
+    if isinstance(event, IndexFill):
+        return event.value == -math.inf
     name, arguments = event
     if name in ("mul", "div"):
         factor = arguments[0]
@@ -338,7 +347,7 @@ def _keeps_shift(event: Event) -> bool:
     return name == "add" or (name in ("keep", "fill") and arguments[1] == -math.inf)
 
 
-def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
+def leads_to_product(node: fx.Node, depth: int = 24) -> bool:
     """Whether a chain of calls that a score may pass leads back from node to a product."""
     call = read(node)
     if call is None or depth == 0:
@@ -351,12 +360,12 @@ def _leads_to_product(node: fx.Node, depth: int = 24) -> bool:
         arguments = tuple(call.get(name) for name in _SCORE_ARGUMENTS.get(call.kind, ("input",)))
     else:
         return False
-    return any(isinstance(x, fx.Node) and _leads_to_product(x, depth - 1) for x in arguments)
+    return any(isinstance(x, fx.Node) and leads_to_product(x, depth - 1) for x in arguments)
 
 
 def _may_lead_to_product(node: fx.Node, depth: int = 24) -> bool:
     """Whether moves and elementwise calls, whatever they compute, lead back from node to a product."""
-    if _leads_to_product(node):
+    if leads_to_product(node):
         return True
     call = read(node)
     sources: Sequence[Any] = ()

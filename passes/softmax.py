@@ -1,4 +1,4 @@
-"""softmax in its spellings: the function, log_softmax().exp(), exp(x) / exp(x).sum(), and rows of -inf made 0."""
+"""softmax in its spellings: softmax, softmin, log_softmax().exp(), exp(x) / exp(x).sum(), and rows of -inf made 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from .dialect import Call, Kind, read
 from .mutation import is_mutated
-from .values import constant_of, filled_like
+from .values import constant_of, filled_like, rank_of
 
 aten = torch.ops.aten
 
@@ -20,8 +20,9 @@ aten = torch.ops.aten
 class Softmax:
     """A softmax over `dim` of `input`; `output` is its result, `interior` every node it is made of.
 
-    `zero_empty_rows`: a row of -inf becomes 0, and not NaN. `bare_exp` is an exponential from which no maximum was
-    taken: large scores are infinite there, and those far below zero are 0 even in a row of nothing else.
+    `factor` multiplies the input first. `zero_empty_rows`: a row of -inf becomes 0, and not NaN. `bare_exp` is an
+    exponential from which no maximum was taken: large scores are infinite there, and those far below zero are 0 even in
+    a row of nothing else.
     """
 
     input: fx.Node
@@ -30,6 +31,7 @@ class Softmax:
     interior: tuple[fx.Node, ...]
     zero_empty_rows: bool = False
     bare_exp: fx.Node | None = None
+    factor: float = 1.0
 
 
 def read_softmax(call: Call) -> Softmax | None:
@@ -39,10 +41,14 @@ def read_softmax(call: Call) -> Softmax | None:
             is_safe = call.node.target in (torch.ops.aten._safe_softmax.default, torch._safe_softmax)
             softmax = Softmax(call["input"], call.get("dim"), call.node, (call.node,), zero_empty_rows=is_safe)
             return _with_empty_rows_zeroed(softmax) or softmax
+        case Kind.SOFTMIN:
+            return Softmax(call["input"], call.get("dim"), call.node, (call.node,), factor=-1.0)
         case Kind.EXP:
             return _exp_of_log_softmax(call) or _exp_minus_logsumexp(call)
-        case Kind.DIV:
-            return _exp_over_sum(call)
+        case Kind.DIV if call.get("rounding_mode") is None:
+            return _exp_over_sum(call.node, call["input"], call.get("other"), [])
+        case Kind.MUL:
+            return _exp_times_reciprocal(call)
     return None
 
 
@@ -97,9 +103,13 @@ def _exp_minus_logsumexp(exp: Call) -> Softmax | None:
 def _before_unsqueeze(x: Any) -> tuple[Call | None, list[fx.Node], int | None]:
     """What gives x, before a dimension that it lacks is put back; the node that does so, and which dimension it is."""
     call = read(x)
-    if call is None or call.kind != Kind.UNSQUEEZE or is_mutated(call.node):
+    if call is None or is_mutated(call.node):
         return call, [], None
-    return read(call["input"]), [call.node], _one_dim(call.get("dim"))
+    if call.kind == Kind.UNSQUEEZE:
+        return read(call["input"]), [call.node], _one_dim(call.get("dim"))
+    if call.kind == Kind.GETITEM and call.get("index") == (Ellipsis, None):
+        return read(call["input"]), [call.node], -1
+    return call, [], None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,29 +171,78 @@ def _finite_maximum(x: Any, call: Call) -> tuple[Any, list[fx.Node]] | None:
     return (found[0], [*found[1], magnitude, infinite]) if magnitude.args[0] is call.get("other") else None
 
 
-def _exp_over_sum(div: Call) -> Softmax | None:
+def _exp_times_reciprocal(mul: Call) -> Softmax | None:
+    """exp(x) * (1 / exp(x).sum(dim, keepdim=True)), either way round."""
+    for exp, reciprocal in ((mul["input"], mul.get("other")), (mul.get("other"), mul["input"])):
+        if not isinstance(exp, fx.Node) or _base_of_exp(exp) is None or not isinstance(reciprocal, fx.Node):
+            continue
+        between = [reciprocal]
+        call = read(reciprocal)
+        if call is not None and call.kind == Kind.MUL and constant_of(call.get("other")) == 1:  # as 1 / x is exported
+            reciprocal = call["input"]
+            between.append(reciprocal)
+            call = read(reciprocal)
+        name = getattr(reciprocal.target, "__name__", str(reciprocal.target))
+        if call is not None and call.kind == Kind.DIV and constant_of(call["input"]) == 1:
+            total = call.get("other")
+        elif call is not None and call.kind == Kind.POW and call.get("exponent") == -1:
+            total = call["input"]
+        elif name.split(".")[0] == "reciprocal" and len(reciprocal.args) == 1:
+            total = reciprocal.args[0]
+        else:
+            continue
+        if not any(map(is_mutated, between)):
+            return _exp_over_sum(mul.node, exp, total, between)
+    return None
+
+
+def _exp_over_sum(output: fx.Node, exp: Any, sums: Any, between: list[fx.Node]) -> Softmax | None:
     """exp(x) / exp(x).sum(dim, keepdim=True), with or without the row maximum subtracted from x."""
-    exp = read(div["input"])
-    total, restored, axis = _before_unsqueeze(div.get("other"))
-    if exp is None or total is None or exp.kind != Kind.EXP or total.kind != Kind.SUM or div.get("rounding_mode"):
+    base = _base_of_exp(exp)
+    total, restored, axis = _before_unsqueeze(sums)
+    if base is None or total is None or total.kind != Kind.SUM or total.get("dtype") is not None:
         return None
-    if total.get("dtype") is not None:
-        return None
-    if total["input"] is not exp.node or is_mutated(exp.node) or is_mutated(total.node):
+    if not _is_same(total["input"], exp) or any(map(is_mutated, (exp, total["input"], total.node))):
         return None
     dim = _one_dim(total.get("dim"))
+    if dim is not None and restored and axis is not None and axis >= 0 > dim and (rank := rank_of(exp)) is not None:
+        axis -= rank
     is_kept = bool(total.get("keepdim")) if not restored else not total.get("keepdim") and axis == dim
     if dim is None or not is_kept:
         return None
-    interior = [exp.node, total.node, *restored, div.node]
-    source, bare_exp = exp["input"], exp.node
+    interior = [exp, total["input"], total.node, *restored, *between, output]
+    source, bare_exp = exp.all_input_nodes[0], exp
     shift = read(source)
     if shift is not None and shift.kind == Kind.SUB and shift.get("alpha", 1) == 1:
         maximum = row_maximum(shift["input"], shift["other"], dim)
         if maximum is not None:
             interior += [shift.node, *maximum]
+            twin = read(total["input"].all_input_nodes[0])  # the same call, unless the exponential is written twice
+            if twin is not None:
+                interior += [twin.node, *(row_maximum(shift["input"], twin["other"], dim) or ())]
             source, bare_exp = shift["input"], None
-    return Softmax(source, dim, div.node, tuple(interior), bare_exp=bare_exp)
+    return Softmax(source, dim, output, tuple(dict.fromkeys(interior)), bare_exp=bare_exp, factor=math.log(base))
+
+
+def _base_of_exp(node: Any) -> float | None:
+    """The base of the exponential that a node is, or None."""
+    call = read(node)
+    if call is not None and call.kind == Kind.EXP:
+        return math.e
+    is_exp2 = isinstance(node, fx.Node) and node.target in (torch.exp2, torch.special.exp2, "exp2", aten.exp2.default)
+    return 2.0 if is_exp2 and len(node.args) == 1 and not node.kwargs else None
+
+
+def _is_same(x: Any, y: Any, depth: int = 6) -> bool:
+    """Whether two nodes are one, or do the same to the same with no effect."""
+    if x is y:
+        return True
+    if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
+        return not isinstance(x, fx.Node) and not isinstance(y, fx.Node) and type(x) is type(y) and bool(x == y)
+    is_read = depth > 0 and x.op == y.op and x.target == y.target and (read(x) is not None or _base_of_exp(x))
+    if not is_read or is_mutated(x) or is_mutated(y) or x.kwargs != y.kwargs or len(x.args) != len(y.args):
+        return False
+    return all(_is_same(a, b, depth - 1) for a, b in zip(x.args, y.args, strict=True))
 
 
 def row_maximum(x: Any, maximum: Any, dim: int) -> list[fx.Node] | None:

@@ -6,12 +6,15 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import fx
 
-from .dialect import changes_mode
+from .dialect import Kind, changes_mode, read
 from .mutation import mutated_arguments, storage_roots
 from .sites import Refuse
+from .trace import MOVES
 from .where import describe
 
 Order = Mapping[fx.Node, int]
+_PASSES_ON = MOVES | {Kind.CAST, Kind.SAME, Kind.SLICE, Kind.NARROW, Kind.SELECT}
+"""Calls through which finding may have gone back to an input, and which may copy it."""
 
 
 def check_span(
@@ -26,17 +29,27 @@ def check_span(
     if change is not None:
         raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {change.name}, inside the {what}")
     for node in sorted(inputs, key=order.__getitem__):
+        if find_writer({node}, interior, start, output, order) is None:
+            continue
         writer = find_writer({node}, interior, _first_read(node, interior, start, order), output, order)
         if writer is not None:
             raise Refuse("inputs_written_between", f"{describe(writer)} writes to an input of the {what} inside it")
 
 
 def _first_read(node: fx.Node, interior: Collection[fx.Node], start: int, order: Order) -> int:
-    """The position from which `interior` may read a node: that of the first user, if no other makes a view of it."""
+    """The position from which `interior` may read what a node holds, through a view or a copy of it too."""
     roots = storage_roots(node)
-    if any(storage_roots(user) & roots for user in node.users if user not in interior):
-        return start
-    return min((order[user] for user in node.users if user in interior), default=start)
+    readers = [reader for reader in interior if any(storage_roots(x) & roots for x in reader.all_input_nodes)]
+    readers += [user for user in node.users if _passes_on(user, interior)]
+    return max(start, min(map(order.__getitem__, readers), default=start))
+
+
+def _passes_on(node: fx.Node, interior: Collection[fx.Node]) -> bool:
+    """Whether a node hands what it reads to `interior`, at most moved, cast or cut."""
+    call = read(node)
+    if call is None or call.kind not in _PASSES_ON:
+        return False
+    return any(user in interior or _passes_on(user, interior) for user in node.users)
 
 
 def find_mode_change(start: int, end: fx.Node, order: Order) -> fx.Node | None:

@@ -63,7 +63,7 @@ class TopKPass:
                 child.graph.lint()
                 child.recompile()
             sites += reports
-        return RewriteReport(tuple(sites), graph_name)
+        return RewriteReport(tuple(sites), graph_name, self.config.unmatched(site.where for site in sites))
 
     def _rewrite_graph(
         self, graph: fx.Graph, autocasts: Autocasts, validator: Validator | None

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from topk_fx.score.language import SCORES
 from topk_fx.score.language import Call as Operation
 
 from .axes import EinsumAxes, read_move, same_shape, softmax_over_queries
@@ -18,10 +19,11 @@ from .layout import Layout
 from .score_path import Sink
 from .score_steps import NO_DROPOUT, check_cast, merge_dropout
 from .sites import Factor, Refuse, ScoreStep, Term
-from .trace import MOVES, Order, Trace, is_unread, move_of
-from .values import constant_of, dtype_of, shape_of
+from .trace import MOVES, Trace, is_unread, move_of
+from .values import constant_of, dtype_of, filled_like, shape_of
 from .where import describe
 
+_NAN_FILLED = ScoreStep("fill", (Operation("ne", (SCORES, SCORES)), 0.0))
 _UNARY = {"neg", "abs", "relu", "square", "sqrt", "tanh", "sin", "nan_to_num", "softsign", "silu", "gelu", "gelu_tanh"}
 """Operations that leave 0 as it is, so that what is done to the kept probabilities is done to all of them."""
 
@@ -50,7 +52,13 @@ def follow_weights(softmax_output: fx.Node, score_layout: Layout, sink: Sink | N
     dropout = NO_DROPOUT
     names = [softmax_output]
     while True:
-        user = _next_user(names, trace.order)
+        filling = _read_nan_filling(names, trace)
+        if filling is not None:
+            steps.append(_NAN_FILLED)
+            trace.interior.update((*filling.read_for_it, filling.node))
+            names = [*names, filling.node] if filling.is_in_place else [filling.node]
+            continue
+        user = _next_user(names, trace)
         node = next(x for x in names if x in user.all_input_nodes)
         call = read(user)
         kind = None if call is None else call.kind
@@ -78,19 +86,70 @@ def follow_weights(softmax_output: fx.Node, score_layout: Layout, sink: Sink | N
         names = [*names, user] if call is not None and call.in_place else [user]
 
 
-def _next_user(names: list[fx.Node], order: Order) -> fx.Node:
+def _next_user(names: list[fx.Node], trace: Trace) -> fx.Node:
     """What alone reads the probabilities, or writes to them before all others; `names` are nodes that hold them."""
-    users = {user for node in names for user in node.users if user not in names and not is_unread(user)}
-    first = min(users, key=order.__getitem__, default=None)
+    users = {user for node in names for user in node.users if user not in trace.interior and not is_unread(user)}
+    first = min(users, key=trace.order.__getitem__, default=None)
     call = read(first)
     is_writer = call is not None and call.in_place and call.get("input") in names
     if first is None or first.op == "output" or (len(users) > 1 and not is_writer):
         if not users:
             raise Refuse("result_unused", f"nothing reads the probabilities {names[0].name}")
-        found = sorted(users, key=order.__getitem__)
+        found = sorted(users, key=trace.order.__getitem__)
         told = ", ".join("the output" if user.op == "output" else user.name for user in found)
         raise Refuse("probabilities_used_elsewhere", f"the probabilities {names[0].name} are used by {told}")
     return first
+
+
+@dataclasses.dataclass(frozen=True)
+class _NanFilling:
+    """The call that puts 0 where the probabilities are NaN, and what it alone reads for that."""
+
+    node: fx.Node
+    is_in_place: bool
+    read_for_it: tuple[fx.Node, ...]
+
+
+def _read_nan_filling(names: list[fx.Node], trace: Trace) -> _NanFilling | None:
+    """What puts 0 where the probabilities are NaN, and what it reads for that, if they are used for nothing else.
+
+    As `torch.where(torch.isnan(p), torch.zeros_like(p), p)`, as `p.masked_fill(p != p, 0)`, as `p[p.isnan()] = 0`.
+    """
+    for user in (user for node in names for user in node.users if user not in trace.interior):
+        call = read(user)
+        if call is None:
+            continue
+        match call.kind:
+            case Kind.WHERE:
+                condition, zero, weights = call["condition"], call["input"], call.get("other")
+            case Kind.MASKED_FILL:
+                condition, zero, weights = call["mask"], call["value"], call["input"]
+            case Kind.SETITEM:
+                condition, zero, weights = call.get("index"), call["value"], call["input"]
+                if isinstance(condition, tuple) and len(condition) == 1:
+                    (condition,) = condition
+            case _:
+                continue
+        if weights not in names or not _tells_nan(condition, names) or dtype_of(weights) != dtype_of(names[0]):
+            continue
+        read_for_it = {condition}
+        if isinstance(zero, fx.Node) and filled_like(zero, weights) == 0:
+            read_for_it.add(zero)
+        elif constant_of(zero) != 0:
+            continue
+        users = {x for node in names for x in node.users if x not in trace.interior and not is_unread(x)}
+        others = {x for x in users - {user} if not call.in_place or trace.order[x] < trace.order[user]}
+        if others <= read_for_it and all(node.users.keys() == {user} for node in read_for_it):
+            return _NanFilling(user, call.in_place, tuple(read_for_it))
+    return None
+
+
+def _tells_nan(condition: Any, names: list[fx.Node]) -> bool:
+    """Whether a condition holds where the probabilities are NaN, and there alone."""
+    operation = read_elementwise(condition) if isinstance(condition, fx.Node) else None
+    if operation is None or not set(operation.arguments) <= set(names):
+        return False
+    return operation.name == "isnan" or (operation.name == "ne" and len(set(operation.arguments)) == 1)
 
 
 def _cuts_sink(call: Call, node: fx.Node, layout: Layout, sink: Sink) -> bool:

@@ -31,8 +31,14 @@ def owner_path(nodes: Iterable[fx.Node]) -> str:
     return ".".join(names[0] for names in common)
 
 
+_WELL_KNOWN = ("torch", "_operator", "math", "builtins", "torch_ops")
+
+
 def describe(node: fx.Node) -> str:
     """A node for a sentence: its name, and what it calls."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    module = str(getattr(target, "__module__", None) or "torch")
+    if node.op == "call_function" and module.split(".")[0] not in _WELL_KNOWN:
+        name = f"{module}.{name}"  # a function of the user's, which may be called as one of torch's is
     return f"{node.name} ({node.op}: {name})"

@@ -851,6 +851,43 @@ def safe_softmax_of_whole_rows(q: Tensor, k: Tensor, v: Tensor, keep_some_rows: 
     return aten._safe_softmax.default(scores, -1) @ v
 
 
+# Rows without a key made 0 after the softmax. Of what NaN is filled with, and of softmin, symbolic_trace tells enough.
+
+
+@spelling()
+def nan_replaced_by_zeros_like(q: Tensor, k: Tensor, v: Tensor, keep_some_rows: Tensor) -> Tensor:
+    weights = torch.where(keep_some_rows, q @ k.transpose(-2, -1), -INF).softmax(-1)
+    return torch.where(torch.isnan(weights), torch.zeros_like(weights), weights) @ v
+
+
+@spelling()
+def nan_filled(q: Tensor, k: Tensor, v: Tensor, keep_some_rows: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1)).masked_fill(~keep_some_rows, -INF).softmax(-1)
+    return weights.masked_fill(weights != weights, 0.0) @ v
+
+
+def _negated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(-(q @ k.transpose(-2, -1)), dim=-1) @ v
+
+
+@spelling(dense=_negated)
+def softmin(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmin(q @ k.transpose(-2, -1), dim=-1) @ v
+
+
+@spelling(dense=lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1) * math.log(2), dim=-1) @ v)
+def powers_of_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    powers = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    return powers / powers.sum(-1, keepdim=True) @ v
+
+
+@spelling(dense=plain)
+def sum_given_an_axis_by_none(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    exp = (q @ k.transpose(-2, -1)).exp()
+    return exp / exp.sum(-1)[..., None] @ v
+
+
 @spelling()
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

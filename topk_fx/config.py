@@ -142,6 +142,12 @@ class TopKConfig:
             del kept["k"]
         return TopKConfig.from_options({**kept, **changes})
 
+    def unmatched(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """The globs of `sites` that match none of the module paths."""
+        known = list(paths)
+        globs = (pattern for pattern, _ in cast(FrozenSites, self.sites))
+        return tuple(glob for glob in globs if not any(fnmatch.fnmatchcase(path, glob) for path in known))
+
     def at(self, where: str) -> SiteConfig:
         """The settings for the site in module `where`."""
         assert self.k is not None

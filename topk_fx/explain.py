@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,9 +53,10 @@ def explain(
     args = (args,) if isinstance(args, torch.Tensor) else args
     with torch.random.fork_rng(), no_recompile_limit(), _kept_buffers(model):
         torch.compile(model, backend=record)(*args, **(kwargs or {}))
-    sites = tuple(site for report in reports for site in report.sites)
+    if not reports:
+        return RewriteReport((), f"Dynamo captured no graph of {_name(model)} (torch._dynamo.explain tells why)")
     graphs = f"{len(reports)} graph{'s' if len(reports) != 1 else ''} of {_name(model)}"
-    return RewriteReport(sites, graphs)
+    return dataclasses.replace(functools.reduce(operator.add, reports), graph=graphs)
 
 
 @contextlib.contextmanager

@@ -42,10 +42,17 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class RewriteReport:
-    """Every candidate of one graph (with its child graphs), in graph order. `print` it for a table."""
+    """Every candidate of one graph (with its child graphs), in graph order. `print` it for a table.
+
+    Attributes:
+        sites: the candidates.
+        graph: what was searched.
+        unmatched: globs of the option `sites` that match the path of no candidate.
+    """
 
     sites: tuple[Site, ...] = ()
     graph: str = "graph"
+    unmatched: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -54,7 +61,8 @@ class RewriteReport:
         return len(self.sites)
 
     def __add__(self, other: RewriteReport) -> RewriteReport:
-        return RewriteReport(self.sites + other.sites, self.graph)
+        unmatched = tuple(glob for glob in self.unmatched if glob in other.unmatched)
+        return RewriteReport(self.sites + other.sites, self.graph, unmatched)
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -65,7 +73,8 @@ class RewriteReport:
         return tuple(site for site in self.sites if not site.rewritten)
 
     def __str__(self) -> str:
-        return "\n".join([self.summary(), *_table(self.sites)])
+        unmatched = [f"sites={glob!r} matches none of these paths" for glob in self.unmatched if self.sites]
+        return "\n".join([self.summary(), *_table(self.sites), *unmatched])
 
     def summary(self) -> str:
         """One line: how many candidates of each kind were rewritten, and the reasons for the others."""

@@ -149,3 +149,11 @@ def test_reports_add_up():
 
 def test_sites_can_be_gathered_in_a_set():
     assert len({*MODEL, *MODEL}) == 4
+
+
+def test_glob_that_matches_no_path_is_told() -> None:
+    report = dataclasses.replace(MODEL, unmatched=("decoder.*",))
+    assert str(report).splitlines()[-1] == "sites='decoder.*' matches none of these paths"
+    other = dataclasses.replace(MODEL, unmatched=())
+    assert (report + report).unmatched == ("decoder.*",)
+    assert (report + other).unmatched == ()

@@ -123,3 +123,22 @@ def test_options_are_checked() -> None:
 def test_error_of_the_model_is_the_models_own() -> None:
     with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied|got|must match"):
         topk_fx.explain(Model(), (drawn(2, 9, 7),), k=3)
+
+
+def test_glob_of_either_graph_counts_as_matched() -> None:
+    sites = {"": {"k": 4}, "decoder.*": {"k": 2}}
+    report = topk_fx.explain(Model(is_broken=True), (X,), k=3, sites=sites)
+    assert len(report.sites) == 2
+    assert report.unmatched == ("decoder.*",)
+    assert topk_fx.explain(Model(), (X,), k=3, sites={"encoder.*": False}).unmatched == ("encoder.*",)
+
+
+def test_model_of_which_no_graph_is_captured_is_explained_as_such() -> None:
+    @torch.compiler.disable
+    def hidden_from_dynamo(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def model(x: Tensor) -> Tensor:
+        return hidden_from_dynamo(x)
+
+    assert "captured no graph of model" in topk_fx.explain(model, (X,), k=3).summary()

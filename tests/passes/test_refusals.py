@@ -120,6 +120,12 @@ def values_weighed_over_heads(q: Tensor, k: Tensor, v_heads_last: Tensor) -> Ten
     return (q @ k.transpose(-2, -1)).softmax(-1).permute(0, 2, 3, 1) @ v_heads_last[:, :1]
 
 
+@refused("heads_mixed")
+def heads_that_talk_before_the_softmax(q: Tensor, k: Tensor, v: Tensor, scale_heads: Tensor) -> Tensor:
+    scores = torch.einsum("bhij,hg->bgij", q @ k.transpose(-2, -1), scale_heads[:, :, 0] @ scale_heads[:, :, 0].T)
+    return scores.softmax(-1) @ v
+
+
 @refused("not_attention")
 def softmax_over_features_of_a_head(q_heads_last: Tensor, v: Tensor) -> Tensor:
     """As linear attention has it: the axis of the softmax comes out of a view, and no product comes before it."""
@@ -382,6 +388,11 @@ class CallsAttentionModule(nn.Module):
 def hidden_units_returned(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     hidden = F.relu(F.linear(x, up))
     return F.linear(hidden, down), hidden
+
+
+@refused("hidden_not_elementwise")
+def hidden_units_normed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(F.gelu(F.linear(x, up)), up.shape[:1]), down)
 
 
 @refused("inside_vmap")

@@ -52,9 +52,33 @@ def less_logsumexp(x: Tensor) -> Tensor:
     return torch.exp(x - torch.logsumexp(x, 2, keepdim=True))
 
 
+def exponential_written_twice(x: Tensor) -> Tensor:
+    return x.exp() / x.exp().sum(2, keepdim=True)
+
+
+def everything_written_twice(x: Tensor) -> Tensor:
+    return (x - x.amax(2, keepdim=True)).exp() / (x - x.amax(2, keepdim=True)).exp().sum(2, keepdim=True)
+
+
+def times_one_over_the_sum(x: Tensor) -> Tensor:
+    exp = (x - x.amax(2, keepdim=True)).exp()
+    return exp * (1 / exp.sum(2, keepdim=True))
+
+
+def reciprocal_times(x: Tensor) -> Tensor:
+    exp = x.exp()
+    return exp.sum(2, keepdim=True).reciprocal() * exp
+
+
+def times_a_power_of_the_sum(x: Tensor) -> Tensor:
+    exp = x.exp()
+    return exp * exp.sum(2, keepdim=True).pow(-1)
+
+
 SPELLED = [
     lambda x: F.softmax(x, dim=2), log_softmax, over_sum, less_maximum, less_values_of_maximum, less_detached_amax,
-    less_logsumexp,
+    less_logsumexp, exponential_written_twice, everything_written_twice,
+    times_one_over_the_sum, reciprocal_times, times_a_power_of_the_sum,
 ]  # fmt: skip
 
 
@@ -106,6 +130,21 @@ def rounded(x: Tensor) -> Tensor:
     return torch.div(exp, exp.sum(-1, keepdim=True), rounding_mode="floor")
 
 
+def over_sum_of_a_written_twin(x: Tensor) -> Tensor:
+    twin = x.exp()
+    twin.mul_(2)
+    return x.exp() / twin.sum(-1, keepdim=True)
+
+
+def over_sum_of_the_other_base(x: Tensor) -> Tensor:
+    return x.exp() / x.exp2().sum(-1, keepdim=True)
+
+
+def times_two_over_the_sum(x: Tensor) -> Tensor:
+    exp = x.exp()
+    return exp * (2 / exp.sum(-1, keepdim=True))
+
+
 def over_sum_of_another(x: Tensor) -> Tensor:
     return x.exp() / (2 * x).exp().sum(-1, keepdim=True)
 
@@ -140,6 +179,7 @@ def power_of_softmax(x: Tensor) -> Tensor:
 LOOK_ALIKES = [
     over_sum_without_keepdim, over_sum_of_everything, over_sum_of_two_dimensions, over_sum_and_one, sum_over_exp,
     rounded, over_sum_of_another, over_mean, written_between, sum_written, less_logsumexp_of_another, power_of_softmax,
+    over_sum_of_a_written_twin, over_sum_of_the_other_base, times_two_over_the_sum,
 ]  # fmt: skip
 
 
