@@ -138,6 +138,9 @@ class _Attention(SingleLevelFunction):
         _, indices, weights = output
         ctx.mark_non_differentiable(indices, weights)
         ctx.set_materialize_grads(False)
+        # As for a sum, a term that no derivative reads is not kept: it takes no memory, and may be written to.
+        is_read = Score.parse(score).read_in_backward
+        operands = [x if n in is_read else x.new_zeros(()).expand(x.shape) for n, x in enumerate(operands)]
         ctx.save_for_backward(query, key, value, indices, weights, *operands)
         ctx.score, ctx.scale, ctx.dropout_p, ctx.lowering = score, scale, dropout_p, lowering
 

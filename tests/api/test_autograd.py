@@ -58,6 +58,24 @@ def test_masked_attention_passes_gradcheck():
     gradcheck(op, (query, key, value, bias), fast_mode=True)
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_term_is_not_kept_and_may_be_written_to_after(inner):
+    """As in a dense sum; a loop over layers may make the next one's mask in the memory of this one's."""
+    query, key, value = separated_inputs()
+    value.requires_grad_()
+
+    def model(query, key, value, mask):
+        output = torch.softmax(query @ key.mT + mask, dim=-1) @ value
+        mask.mul_(2.0)
+        return output
+
+    mask = torch.randn(4, 6, dtype=torch.float64)
+    expected = torch.autograd.grad(model(query, key, value, mask.clone()).sum(), (query, key, value))
+    compiled = torch.compile(model, backend="topk", options={"k": "all", "inner": inner})
+    found = torch.autograd.grad(compiled(query, key, value, mask.clone()).sum(), (query, key, value))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_ffn_passes_gradcheck(activation, gated):

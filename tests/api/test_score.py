@@ -227,7 +227,10 @@ def _assert_differentiates(score: Score, scores: Tensor, operands: list[Tensor])
     expected, expected_operand = torch.autograd.grad(after, (scores, operands[0]), grad, allow_unused=True)
     with torch.no_grad():
         needed = scores if score.before.needs_scores_in_backward else None
-        actual, found = differentiate(score.before, needed, grad, positions, [0])
+        # An operand that is not read is not kept, and may hold anything by then.
+        is_read = score.before.read_in_backward
+        kept = [x if n in is_read else x.new_full(x.shape, True if n else torch.nan) for n, x in enumerate(operands)]
+        actual, found = differentiate(score.before, needed, grad, At(kept, keys=scores.size(-1)), [0])
     torch.testing.assert_close(actual, torch.zeros_like(scores) if expected is None else expected)
     total = sum((x.grad for x in found), torch.zeros_like(operands[0]))
     if expected_operand is not None:
@@ -268,6 +271,25 @@ def test_backward_needs_no_scores(text):
 @pytest.mark.parametrize("text", ["tanh", "clamp(0, 1)", "mul($0)", "div($0)", "add($0) tanh causal", "set(mul(s, s))"])
 def test_backward_needs_scores(text):
     assert Score.parse(text).before.needs_scores_in_backward
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("add($0)", set()),
+        ("mul(0.5) add($0) causal", set()),
+        ("add($0) tanh", {0}),
+        ("tanh add($0)", set()),
+        ("mul($0) add($1)", {0}),
+        ("keep($0, -inf) add($1)", {0}),
+        ("%0 = mul($0, $1) add(%0)", {0, 1}),
+        ("add(lookup($0, sub(j, $1)))", {1}),
+        ("softmax mul($0)", {0}),
+        ("add($0) sink($1)", set()),
+    ],
+)
+def test_backward_reads_only_what_a_derivative_does(text, read):
+    assert Score.parse(text).read_in_backward == read
 
 
 @pytest.mark.parametrize(

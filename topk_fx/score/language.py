@@ -168,6 +168,26 @@ class Program:
                     return True
         return False
 
+    @functools.cached_property
+    def read_in_backward(self) -> frozenset[int]:
+        """The operands whose values, and not their shapes alone, a derivative may read."""
+        pending: list[Expression] = []
+        for call in self.operations:
+            rule = OPERATIONS[call.name]
+            reads = {n for position in range(len(call.arguments)) for n in rule.reads_of(position)}
+            reads |= {1} if call.name == "lookup" else set()  # the index, at which the table has its gradient
+            pending += [call.arguments[n] for n in reads]
+        found: set[int] = set()
+        seen: set[Expression] = set()
+        while pending:
+            argument = pending.pop()
+            if isinstance(argument, Operand):
+                found.add(argument.index)
+            elif isinstance(argument, Name) and argument.text.startswith("%") and argument not in seen:
+                seen.add(argument)
+                pending += self.operations[int(argument.text[1:])].arguments
+        return frozenset(found)
+
     def _is_score_dependent(self, x: Expression) -> bool:
         return isinstance(x, Name) and x in self.score_dependent
 
@@ -205,6 +225,12 @@ class Score:
         """The operands that are tables, which have another axis than keys."""
         calls = (*self.before.operations, *self.after.operations)
         return frozenset(call.arguments[0].index for call in calls if call.name == "lookup")
+
+    @functools.cached_property
+    def read_in_backward(self) -> frozenset[int]:
+        """The operands whose values the backward reads; of the others it needs the shapes alone."""
+        after = {x.index for call in self.after.operations for x in call.operands}  # the probabilities are made anew
+        return self.before.read_in_backward | after
 
     @functools.cached_property
     def only_after(self) -> frozenset[int]:
