@@ -22,7 +22,7 @@ from .elementwise import read_elementwise
 from .linear import RESHAPES, Part, keeps_rows, read_part
 from .mutation import mutated_arguments, storage_roots
 from .sites import Units
-from .values import constant_of, dtype_of, is_scalar, shape_of
+from .values import constant_of, dtype_of, filled_like, is_scalar, shape_of
 
 _LARGEST = 48
 """Operations between two layers, beyond which they are no FFN."""
@@ -122,6 +122,9 @@ class HiddenReader:
     def _expression(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             number = constant_of(argument)
+            if number is None and (call := read(argument)) is not None and call.kind == Kind.FILLED_LIKE:
+                number = filled_like(argument, call["input"])  # as torch.maximum(x, torch.zeros_like(x))
+                self.interior.append(argument)
             if number is None and not is_scalar(argument):
                 return self.read(argument)
             self.is_constant &= number is not None

@@ -309,6 +309,7 @@ class Writer:
                     f"{scores} *= 0.5", f"{scores}.mul_(2.0)", f"{scores}.div_(3)", f"{scores}.add_(1.0)",
                     f"{scores} -= 0.25", f"{scores}.neg_()", f"{scores}.clamp_(-1.5, 2.0)", f"{scores}.tanh_()",
                     f"{scores}.transpose(-2, -1).mul_(0.5)", f"{scores}.relu_()", f"{scores}[..., 0] = -1.0",
+                    f"{scores}[..., 1:] = -2.0", f"{scores}[..., :-1, -1] = 0.5", f"{scores}[{scores} < 0] = -1.0",
                     f"F.relu({scores}, inplace=True)", f"{scores}.exp_()",
                 )  # fmt: skip
                 self.emit(line)
@@ -433,7 +434,8 @@ class Writer:
         self.has_huge |= value.startswith("torch.finfo") or value == "-1e9"
         if self.chance(8):
             line = self.choose(f"{scores}.masked_fill_(~{m}, {value})", f"{scores} += torch.where({m}, 0.0, {value})",
-                               f"{scores}.add_(torch.where({m}, 0.0, {value}))")  # fmt: skip
+                               f"{scores}.add_(torch.where({m}, 0.0, {value}))",
+                               f"{scores}[(~{m}).expand({scores}.shape)] = {value}")  # fmt: skip
             self.emit(line)
             return scores
         return self.bind("s", self.choose(
@@ -508,20 +510,22 @@ class Writer:
             f"torch.softmax({scores}, dim={dim})", f"torch.nn.functional.softmax({scores}, {dim})",
             f"{scores}.softmax(dim={dim})", f"torch.special.softmax({scores}, {dim})",
             f"F.log_softmax({scores}, {dim}).exp()", f"torch.exp({scores}.log_softmax({dim}))", f"safe {scores}",
-            f"exp {scores}", f"shifted {scores}",
+            f"exp {scores}", f"exp {scores}", f"shifted {scores}", f"F.softmin(-{scores}, {dim})",
+            f"{scores}.exp() / {scores}.exp().sum({dim}, keepdim=True)",
         ]  # fmt: skip
         if not self.has_huge:  # the logarithm of the number of keys is lost beside -1e9: all of a masked row becomes 1
             spellings.append(f"({scores} - {scores}.logsumexp({dim}, keepdim=True)).exp()")
         text = self.choose(*spellings)
         reference = f"{weights} = keeping.softmax({scores}, {dim})"
-        self.softmaxes += "oftmax" in text or text.startswith("safe")
+        self.softmaxes += "oftm" in text or text.startswith("safe")
         if text.startswith("safe"):
             text = self.choose(f"torch._safe_softmax({scores}, {dim})", f"aten._safe_softmax.default({scores}, {dim})")
             reference = f"{weights} = keeping.softmax({scores}, {dim}, empty_row=0.0)"
         elif text.startswith("exp "):
             exp = self.bind("e", f"{scores}.exp()")
             text = self.choose(f"{exp} / {exp}.sum({dim}, keepdim=True)", f"{exp} / torch.sum({exp}, dim={dim}, keepdim=True)",
-                               f"{exp}.div({exp}.sum({dim}, True))")  # fmt: skip
+                               f"{exp}.div({exp}.sum({dim}, True))", f"{exp} * (1 / {exp}.sum({dim}, keepdim=True))",
+                               f"{exp}.sum({dim}, keepdim=True).reciprocal() * {exp}")  # fmt: skip
         elif text.startswith("shifted"):
             maximum = self.choose(f"{scores}.amax({dim}, keepdim=True)", f"{scores}.max({dim}, keepdim=True)[0]")
             exp = self.bind("e", f"torch.exp({scores} - {maximum})")
@@ -570,7 +574,8 @@ class Writer:
                 return self.bind("w", self.choose(
                     f"{w} * 2", f"{w}.nan_to_num()", f"{w}.nan_to_num(0.0)", f"-{w}", f"{w}.sqrt()", f"{w}.square()",
                     f"{w}.tanh()", f"{w}.relu()", f"torch.nan_to_num({w}, nan=0.5)", f"{w} / 3", f"{w} ** 2",
-                    f"{w}.abs()", f"F.silu({w})", f"{w}.sin()",
+                    f"{w}.abs()", f"F.silu({w})", f"{w}.sin()", f"torch.where({w}.isnan(), torch.zeros_like({w}), {w})",
+                    f"{w}.masked_fill({w} != {w}, 0.0)",
                 )), letters  # fmt: skip
             case "move":
                 wanted = self.any_order(letters)

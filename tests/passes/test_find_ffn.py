@@ -250,6 +250,12 @@ def relu_by_where(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(torch.where(hidden > 0, hidden, 0.0), down)
 
 
+@spelling()
+def relu_by_maximum(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    hidden = F.linear(x, up)
+    return F.linear(torch.maximum(hidden, torch.zeros_like(hidden)), down)
+
+
 @spelling("relu2")
 def relu_times_relu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     hidden = F.relu(F.linear(x, up))
