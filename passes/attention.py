@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,11 +169,14 @@ def _as_mixed_heads(product: Product) -> Refuse | None:
     """What is wrong with a product that mixes the scores of several heads, as talking heads do, if it is one."""
     mixed = shape_of(product.node)
     for factor in (product.query, product.key):
-        shape = shape_of(factor.node)
-        is_as_large = shape is not None and mixed is not None and len(shape) == len(mixed)
-        if is_as_large and Counter(shape) == Counter(mixed) and leads_to_product(factor.node):
+        if _have_same_sizes(mixed, shape_of(factor.node)) and leads_to_product(factor.node):
             return Refuse("heads_mixed", f"{describe(product.node)} mixes the scores of several heads")
     return None
+
+
+def _have_same_sizes(shape: Sequence[Any] | None, other: Sequence[Any] | None) -> bool:
+    """Whether two known shapes have the same sizes in some order. Symbolic ones are compared as they are written."""
+    return shape is not None and other is not None and sorted(map(str, shape)) == sorted(map(str, other))
 
 
 def _range_of_exp(exp: fx.Node | None) -> tuple[ScoreStep, ...]:

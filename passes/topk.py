@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from topk_fx.compat import is_distributed, is_mapped, is_wrapped
 from topk_fx.config import Keep, TopKConfig, kept_count
-from topk_fx.errors import LoweringUnavailableError, ValidationError
+from topk_fx.errors import InternalErrorWarning, LoweringUnavailableError, ValidationError
 from topk_fx.report import RewriteReport
 from topk_fx.report import Site as SiteReport
 
@@ -83,7 +84,7 @@ class TopKPass:
 
     def _rewrite_node(self, node: fx.Node, order: Order, validator: Validator | None) -> Iterator[SiteReport]:
         """The report on the candidate that a node anchors, if it does."""
-        site = find_site(node, order)
+        site = _find_or_refuse(node, order)
         if isinstance(site, Refusal):
             yield self._rewrite_sharing(site, node, order, validator)
         elif isinstance(site, AttentionSite):
@@ -98,7 +99,7 @@ class TopKPass:
         split = split_scores(node, order) if refusal.reason == "scores_used_elsewhere" else None
         if split is None:
             return _refused(refusal)
-        site = find_site(node, _positions(node.graph))
+        site = _find_or_refuse(node, _positions(node.graph))
         report = self._rewrite_attention(site, validator) if isinstance(site, AttentionSite) else _refused(refusal)
         if not report.rewritten:
             split.undo()
@@ -197,6 +198,17 @@ class TopKPass:
         if self.config.validate == "raise":
             raise ValidationError(f"{where or site.output.name}: {verdict.failure}")
         return Refusal("validation_failed", verdict.failure, site.output), ""
+
+
+def _find_or_refuse(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal | None:
+    """The candidate that a node anchors. A fault of ours in reading it must not keep a model from being compiled."""
+    try:
+        return find_site(node, order)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        message = f"{node.format_node()} stays dense, as topk_fx failed in reading it; please report it. {cause}"
+        warnings.warn(message, InternalErrorWarning, stacklevel=2)
+        return Refusal("internal_error", f"topk_fx failed in reading it: {cause}", node)
 
 
 def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal | None:

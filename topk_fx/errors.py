@@ -39,5 +39,9 @@ class ValidationError(TopKError, AssertionError):
     """Under `validate="raise"`, a rewrite whose op does not compute what the nodes that it would replace compute."""
 
 
+class InternalErrorWarning(RuntimeWarning):
+    """A fault of topk_fx in reading a graph: the candidate stays dense, with the reason `internal_error`."""
+
+
 class UnsupportedDerivativeError(TopKError, RuntimeError):
     """Forward-mode or second derivatives, which the top-k ops do not define."""

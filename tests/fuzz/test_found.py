@@ -196,3 +196,19 @@ def test_lengths_that_dense_leaves_to_run_time_are_not_assumed_equal() -> None:
     torch.testing.assert_close(rewritten.module()(*longer), model(*longer))
     with pytest.raises(Exception, match="length"):
         rewritten.module()(*longer[:2], inputs(7)[2])
+
+
+def test_symbolic_sizes_of_a_product_of_scores_are_compared() -> None:
+    """The product is refused; whether it mixes heads counted its sizes, which are no keys of a dictionary."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("dj,bhid->bijh", k, q).softmax(2)
+        return weights.permute(0, 3, 1, 2) @ v
+
+    inputs = drawn((2, 3, 3, 5), (5, 4), (2, 1, 4, 5))
+    for x in inputs[:1]:
+        torch._dynamo.mark_dynamic(x, 2)
+    compiled = torch.compile(model, backend="topk", options={"k": 2, "inner": "eager"}, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
+    (report,) = topk_fx.reports()
+    assert [site.reason for site in report] == ["product_not_over_keys"]

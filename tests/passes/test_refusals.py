@@ -488,11 +488,14 @@ FROM_CONFIG = {"disabled_by_config", "k_covers_all_keys", "k_covers_all_units", 
 IN_A_PROCESS_GROUP = "distributed_tensor"
 """test_training.py has it."""
 
+FAULT = "internal_error"
+"""Of topk_fx itself: the last test has it."""
+
 
 def test_every_reason_has_a_model() -> None:
     sources = "".join(path.read_text() for path in Path(passes.__path__[0]).glob("*.py"))
     given = set(re.findall(r"""Refus(?:e|al)\(\s*['"](\w+)['"]""", sources))
-    assert given == {case.reason for case in REFUSED} | FROM_CONFIG | {IN_A_PROCESS_GROUP}
+    assert given == {case.reason for case in REFUSED} | FROM_CONFIG | {IN_A_PROCESS_GROUP, FAULT}
 
 
 class TestSentences(TestCase):
@@ -589,3 +592,17 @@ class Attention(nn.Module):
 def test_module_that_is_not_traced_is_refused_with_what_to_do() -> None:
     with pytest.raises(topk_fx.errors.UnsupportedProgramError, match=r"program is a Attention; .*torch.export.export"):
         topk_fx.rewrite(Attention(), k=3)
+
+
+def test_fault_in_reading_a_site_is_told_and_leaves_it_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: Any) -> None:
+        raise ZeroDivisionError("a fault")
+
+    program = torch.export.export(Attention(), tuple(drawn(2, 3, 4) for _ in range(3)))
+    monkeypatch.setattr(passes.topk, "find_attention", faulty)
+    with pytest.warns(topk_fx.errors.InternalErrorWarning, match="stays dense.*ZeroDivisionError: a fault"):
+        rewritten, report = topk_fx.rewrite(program, k=2)
+    assert [(site.reason, site.detail) for site in report] == [
+        ("internal_error", "topk_fx failed in reading it: ZeroDivisionError: a fault")
+    ]
+    assert str(rewritten.graph) == str(program.graph)
