@@ -62,6 +62,9 @@ class CppProducts:
 
     def _run(self, name: str, rows: Tensor | None, weights: Tensor, result: Tensor | None) -> None:
         batch, heads, queries, kept = self.indices.shape
+        if 0 in (self.indices.numel(), self.keys.numel()):
+            (weights if result is None else result).zero_()
+            return
         rows = None if rows is None else with_dense_rows(rows.to(self.keys.dtype))
         weights = weights.contiguous()
         arguments = _SparseArguments(

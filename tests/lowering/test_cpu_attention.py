@@ -2,79 +2,30 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from cpu_checks import DTYPES, INF, LOWEST, NAN
+from cpu_checks import check_attention as check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, assert_near, attention_inputs, integers
 from topk_fx.lowering import aten, cpu
-from topk_fx.lowering.aten.positions import ChunkPositions
 from topk_fx.lowering.cpu import build
 from topk_fx.lowering.cpu.score_code import NoCodeError, OperandKind, source_of
 
-from topk_fx import reference
 from topk_fx.errors import LoweringUnavailableError
-from topk_fx.score import Score, evaluate
+from topk_fx.score import Score
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
     pytest.mark.skipif(bool(build.why_unavailable()), reason=f"C++ cannot be compiled: {build.why_unavailable()}"),
 ]
 
-NAN, INF = math.nan, math.inf
-LOWEST = torch.finfo(torch.float32).min
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @pytest.fixture(params=build.supported_instruction_sets())
 def instructions(request):
     with build.instruction_set(request.param):
         yield request.param
-
-
-def scores_of(query, key, operands, score, scale):
-    """The scores [B, Hq, Lq, Lk] by the definition, in float64."""
-    key = key.double().repeat_interleave(query.size(1) // key.size(1), 1)
-    products = query.double() @ key.transpose(-2, -1) * scale
-    operands = [x.double() if x.is_floating_point() else x for x in operands]
-    positions = ChunkPositions(operands, slice(0, query.size(2)), key.size(2), query.device)
-    return evaluate(Score.parse(score).before, products, positions)
-
-
-def check(query, key, value, score="", operands=(), *, scale=0.5, k=7, zero_empty_rows=False, is_exact=False):
-    """Output, selection and weights are those of the definition on the scores; is_exact: float32 knows them exactly."""
-    operands = list(operands)
-    output, indices, weights = cpu.attention_forward(
-        query, key, value, operands, score, scale, k, None, 0.0, zero_empty_rows
-    )
-    scores = scores_of(query, key, operands, score, scale)
-    if not is_exact:
-        magnitude = scores[scores.abs() < 1e30].abs().max().item() if (scores.abs() < 1e30).any() else 1.0
-        scores = forgive_near_ties(scores, indices, 2e-6 * max(1.0, magnitude) * math.sqrt(query.size(-1)))
-    expected_weights, expected = reference.select(scores, k, empty_row=0.0 if zero_empty_rows else NAN)
-    order, expected_order = (x.sort(-1) for x in (indices.long(), expected))
-    assert order.values.equal(expected_order.values)
-    torch.testing.assert_close(
-        weights.gather(-1, order.indices).double().masked_fill(order.values < 0, 0),
-        expected_weights.gather(-1, expected_order.indices).masked_fill(order.values < 0, 0),
-        rtol=1e-4,
-        atol=1e-5,
-        equal_nan=True,
-    )
-    values = value.repeat_interleave(query.size(1) // value.size(1), 1)
-    assert_near(output, reference.weigh(weights.double(), indices.long(), values.double()).to(output.dtype))
-    return indices
-
-
-def forgive_near_ties(scores, indices, tolerance):
-    """The scores, those that are as near to the cut as `tolerance` made to agree with the selection in `indices`."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen.scatter_(-1, indices.clamp(min=0).long(), True)
-    cut = scores.masked_fill(~chosen, INF).amin(-1, keepdim=True)
-    is_near = ((scores - cut).abs() <= tolerance) & ~chosen
-    return torch.where(is_near & (scores > cut), cut - 1e-12 * cut.abs() - 1e-300, scores)
 
 
 # --- every instruction set

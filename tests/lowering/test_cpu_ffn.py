@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from cpu_checks import DTYPES, INF, NAN, hidden_units, normal
+from cpu_checks import check_ffn as check
+from cpu_checks import ffn_arguments as forward_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import assert_near, double, integers
@@ -21,76 +22,11 @@ pytestmark = [
     pytest.mark.skipif(bool(build.why_unavailable()), reason=f"C++ cannot be compiled: {build.why_unavailable()}"),
 ]
 
-NAN, INF = math.nan, math.inf
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @pytest.fixture(params=build.supported_instruction_sets())
 def instructions(request):
     with build.instruction_set(request.param):
         yield request.param
-
-
-def normal(*shape, generator=None):
-    return torch.randn(shape, generator=generator)
-
-
-def forward_args(
-    tokens, sizes=(37, 131, 29), *, gated=True, biased=True, dtype=torch.float32, draw=integers, generator=None
-):
-    """The tensors of ffn_forward by name. With `draw` integers, those of a ReLU have exact hidden units, many equal."""
-    model, hidden, output = sizes
-
-    def layer(is_there):
-        weight = draw(hidden, model, generator=generator).to(dtype) if is_there else None
-        return weight, draw(hidden, generator=generator).to(dtype) if is_there and biased else None
-
-    up, gate = layer(True), layer(gated)
-    return {
-        "input": draw(tokens, model, generator=generator).to(dtype),
-        "up_weight": up[0],
-        "up_bias": up[1],
-        "gate_weight": gate[0],
-        "gate_bias": gate[1],
-        "down_weight": normal(output, hidden, generator=generator).to(dtype),
-    }
-
-
-def hidden_units(args, activation):
-    """up, gate (or None) and hidden units [N, F] by the definition, in float64."""
-    args = {name: double(x) for name, x in args.items()}
-    up = torch.nn.functional.linear(args["input"], args["up_weight"], args["up_bias"])
-    function = ACTIVATIONS[activation].function
-    if args["gate_weight"] is None:
-        return up, None, function(up)
-    gate = torch.nn.functional.linear(args["input"], args["gate_weight"], args["gate_bias"])
-    return up, gate, function(gate) * up
-
-
-def check(args, k, activation="relu", *, is_exact=False):
-    """Selection, pre-activations and output are those of the definition; is_exact: float32 knows the hidden units."""
-    output, indices, up, gate = cpu.ffn_forward(**args, activation=activation, k=k, dropout_keep=None, dropout_p=0.0)
-    expected_up, expected_gate, hidden = hidden_units(args, activation)
-    magnitudes, chosen = hidden.abs(), indices.long()
-    kept = min(k, hidden.size(-1))
-    assert indices.dtype == torch.int32
-    assert (chosen.diff() > 0).all(), "kept units ascend, none twice"
-    expected = magnitudes.argsort(dim=-1, descending=True, stable=True)[:, :kept]
-    if is_exact:
-        assert chosen.equal(expected.sort(-1).values)
-    elif kept < hidden.size(-1):
-        # No unit that was left out is larger than one that was kept, but for rounding.
-        left_out = magnitudes.scatter(-1, chosen, -INF).amax(-1)
-        scale = max(1.0, magnitudes.max().item()) * math.sqrt(args["input"].size(-1))
-        assert (left_out - magnitudes.gather(-1, chosen).amin(-1) <= 2e-6 * scale).all()
-    assert_near(up, expected_up.gather(-1, chosen).float())
-    if expected_gate is not None:
-        assert_near(gate, expected_gate.gather(-1, chosen).float())
-    else:
-        assert gate.shape == (hidden.size(0), 0)
-    sparse = torch.zeros_like(hidden).scatter(-1, chosen, hidden.gather(-1, chosen))
-    assert_near(output, (sparse @ args["down_weight"].double().T).to(output.dtype))
-    return output, indices
 
 
 # --- every instruction set
@@ -192,6 +128,16 @@ def test_empty_sizes_match_the_definition(sizes, by_columns):
     assert [
         x.numel() for x in cpu.ffn_forward(**forward_args(0), activation="relu", k=2, dropout_keep=None, dropout_p=0.0)
     ] == [0] * 4
+
+
+@pytest.mark.parametrize("sizes", [(4, 0, 3), (0, 5, 3), (4, 5, 0)], ids=str)
+def test_sparse_backward_of_empty_sizes_is_zero(sizes):
+    args = forward_args(200, sizes)
+    output, *saved = cpu.ffn_forward(**args, activation="relu", k=2, dropout_keep=None, dropout_p=0.0)
+    gradients = backward(cpu, args, torch.ones_like(output), *saved, "relu")
+    expected = backward(aten, args, torch.ones_like(output), *saved, "relu")
+    for x, y in zip(gradients, expected, strict=True):
+        assert_near(x, y)
 
 
 def test_order_of_the_activations_is_that_of_the_kernel():

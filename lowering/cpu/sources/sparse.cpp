@@ -53,10 +53,11 @@ void dot_products(const SparseArguments& a) {
 }
 
 void weighted_sum(const SparseArguments& a) {
-  const Buffer memory(a.threads * (a.kept + 8) * int64_t(sizeof(int64_t) + sizeof(float)));
+  const int64_t thread_bytes = rounded_up((a.kept + 8) * int64_t(sizeof(int64_t) + sizeof(float)), 64);
+  const Buffer memory(a.threads * thread_bytes);
 #pragma omp parallel num_threads(int(a.threads))
   {
-    int64_t* offsets = memory.as<int64_t>(omp_get_thread_num() * (a.kept + 8) * int64_t(sizeof(int64_t) + sizeof(float)));
+    int64_t* offsets = memory.as<int64_t>(omp_get_thread_num() * thread_bytes);
     float* weights = reinterpret_cast<float*>(offsets + a.kept);
 #pragma omp for schedule(static)
     for (int64_t number = 0; number < a.batch * a.heads * a.queries; number++) {
