@@ -208,15 +208,16 @@ def test_masks_that_mask_nothing_are_left_out_of_a_block():
 
 @st.composite
 def problems(draw):
+    """A call of `check`: inputs, score function, its operands, and options."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = {
         "batch": (draw(st.integers(1, 2)),),
         "heads": key_heads * group,
         "key_heads": key_heads,
-        "queries": draw(st.sampled_from([1, 2, 9, 30, 130])),
-        "keys": draw(st.sampled_from([1, 5, 64, 65, 300])),
-        "head_size": draw(st.sampled_from([1, 7, 16, 40, 64])),
+        "queries": draw(st.sampled_from([1, 2, 4, 8, 9, 30, 130])),
+        "keys": draw(st.sampled_from([1, 5, 64, 65, 128, 300, 1100])),
+        "head_size": draw(st.sampled_from([1, 7, 16, 33, 40, 64])),
         "value_size": draw(st.sampled_from([1, 15, 16, 37])),
         "dtype": draw(st.sampled_from(DTYPES)),
         "generator": generator,
@@ -225,12 +226,18 @@ def problems(draw):
     is_exact = draw(st.booleans())
     if not is_exact:
         inputs = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in inputs]
+    elif draw(st.booleans()):
+        for x in inputs[:2]:
+            x.masked_fill_(torch.rand(x.shape, generator=generator) < 1e-3, draw(st.sampled_from([NAN, INF, -INF])))
     layouts = sorted(LAYOUTS)
     inputs = [LAYOUTS[draw(st.sampled_from(layouts))](x) for x in inputs]
     full = (*sizes["batch"], sizes["heads"], sizes["queries"], sizes["keys"])
     shape = [size if draw(st.booleans()) else 1 for size in full]
     masked = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.9]))
     bias = integers(*shape, generator=generator)
+    if draw(st.booleans()):
+        masked, bias = (x.mT.contiguous().mT for x in (masked, bias))
+    width = torch.full((1, 1, 1, 1), draw(st.sampled_from([1, 20, 100])))
     score, operands = draw(
         st.sampled_from(
             [
@@ -238,7 +245,8 @@ def problems(draw):
                 ("causal", []),
                 ("mask($0)", [~masked]),
                 ("add($0) causal", [bias.masked_fill(masked, -INF)]),
-                ("add($0)", [torch.zeros(shape).masked_fill(masked, LOWEST)]),
+                ("add($0)", [torch.zeros_like(bias).masked_fill(masked, LOWEST)]),
+                ("keep(and(le(j, i), gt(j, sub(i, $0))), -inf)", [width]),
             ]
         )
     )
@@ -251,8 +259,29 @@ def problems(draw):
     return inputs, score, operands, options
 
 
-@settings(derandomize=True, max_examples=150, deadline=None, database=None)
-@given(problems())
-def test_any_call_matches_the_definition(problem):
+@pytest.mark.parametrize("name", build.supported_instruction_sets())
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@given(problem=problems())
+def test_any_call_matches_the_definition(name, problem):
     inputs, score, operands, options = problem
-    check(*inputs, score, operands, **options)
+    with build.instruction_set(name):
+        check(*inputs, score, operands, **options)
+        assert_threads_change_no_bit(*inputs, score, operands, options)
+
+
+def assert_threads_change_no_bit(query, key, value, score, operands, options):
+    """Forward and backward by one thread and by two."""
+    arguments = (query, key, value, operands, score, options["scale"])
+    grad = torch.randn(*query.shape[:3], value.size(-1)).to(value.dtype)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            output, *saved = cpu.attention_forward(*arguments, options["k"], None, 0.0, options["zero_empty_rows"])
+            gradients = cpu.attention_backward(grad, *arguments, *saved, 0.0, [False] * len(operands))
+            found.append((output, *saved, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=0, equal_nan=True)

@@ -288,8 +288,27 @@ def problems(draw):
     return args, draw(st.sampled_from([1, 2, 8, 50, 400])), activation, is_exact
 
 
-@settings(derandomize=True, max_examples=150, deadline=None, database=None)
-@given(problems())
-def test_any_call_matches_the_definition(problem):
+@pytest.mark.parametrize("name", build.supported_instruction_sets())
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@given(problem=problems())
+def test_any_call_matches_the_definition(name, problem):
     args, k, activation, is_exact = problem
-    check(args, k, activation, is_exact=is_exact)
+    with build.instruction_set(name):
+        check(args, k, activation, is_exact=is_exact)
+        assert_threads_change_no_bit(args, k, activation)
+
+
+def assert_threads_change_no_bit(args, k, activation):
+    """Forward and backward by one thread and by two."""
+    grad = torch.randn(args["input"].size(0), args["down_weight"].size(0)).to(args["input"].dtype)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            output, *saved = cpu.ffn_forward(**args, activation=activation, k=k, dropout_keep=None, dropout_p=0.0)
+            found.append((output, *saved, *backward(cpu, args, grad, *saved, activation)))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=0, equal_nan=True)
