@@ -97,7 +97,7 @@ $(VENV)/.demo: $(VENV)/constraints.txt pyproject.toml
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find examples/results -type f ! -name zoo.md ! -name 'gpu_*' ! -name cpu_ffn.json -delete 2>/dev/null || true
+	find examples/results -type f ! -name zoo.md ! -name 'gpu_*' ! -name 'cpu_*' -delete 2>/dev/null || true
 	find topk_fx passes lowering tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -1,9 +1,10 @@
-"""The demo's one picture: quality against k, and time and memory of the three ways to run the model."""
+"""The pictures: of the demo (quality against k, time and memory of its rivals), and of a benchmark's ratios."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,6 +41,34 @@ def save_charts(
         _draw_times(axes[1][0], tasks)
         _draw_memory(axes[1][1], tasks)
     figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def save_ratios(path: Path, title: str, baseline: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes a PNG with a group of bars per row and a bar per rival: its time as a share of the baseline's.
+
+    Args:
+        path: the file; its folder is made.
+        title: what was measured, on what.
+        baseline: the rival to which the ratios are.
+        rows: by their labels what `figures.summarise` returned.
+    """
+    names = [name for name in dict.fromkeys(name for row in rows.values() for name in row) if name != baseline]
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.2 * len(rows) * (len(names) + 1)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1.0, color="grey", linestyle="--", label=baseline)
+    for place, name in enumerate(names):
+        found = [(group, row[name]) for group, row in enumerate(rows.values()) if name in row]
+        middles = [x["ratio"] for _, x in found]
+        spread = [[x["ratio"] - x["ratio_low"] for _, x in found], [x["ratio_high"] - x["ratio"] for _, x in found]]
+        positions = [group * (len(names) + 1) + place for group, _ in found]
+        axes.bar(positions, middles, 1.0, yerr=spread, capsize=2, label=name)
+    centres = [group * (len(names) + 1) + (len(names) - 1) / 2 for group in range(len(rows))]
+    axes.set_xticks(centres, list(rows), rotation=30, ha="right", fontsize="small")
+    axes.set(yscale="log", ylabel=f"time / {baseline} (median; whiskers: quartiles)")
+    axes.legend(fontsize="small")
+    figure.suptitle(title, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
 

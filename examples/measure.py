@@ -1,4 +1,4 @@
-"""Time and peak memory of calls that compete: each in a process of its own, all of them taking turns."""
+"""Time and peak memory of calls that compete, taking turns: each in a process of its own, or all in this one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Prepare = Callable[[], Call]
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: its wall time, and how far memory in use rose above what it was before (None where unknown)."""
+    """One call: its time, and how far memory in use rose above what it was before (None where unknown)."""
 
     seconds: float
     extra_bytes: int | None
@@ -77,6 +77,34 @@ def measure_in_turns(
                 progress()
             if 2 * time.perf_counter() - start > deadline:
                 break
+    return measurements
+
+
+def measure_in_process(
+    calls: Mapping[str, Call], rounds: int, threads: int, before: Call = lambda: None
+) -> dict[str, Measurement]:
+    """Times every call once per round, in turn, in this process.
+
+    With one thread the clock is the process's CPU time, which other processes disturb least; with more it is the wall.
+    Memory is that of a call that is not timed, as freeing memory before a call would make it slower.
+
+    Args:
+        calls: for each name what is measured, compiled already.
+        rounds: how often each is called.
+        threads: how many the calls use.
+        before: runs before each call and is not timed.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
+    for call in calls.values():
+        call()
+    extra_bytes = {name: _measure(call).extra_bytes for name, call in calls.items()}
+    measurements = {name: Measurement() for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            before()
+            start = clock()
+            call()
+            measurements[name].samples.append(Sample(clock() - start, extra_bytes[name]))
     return measurements
 
 
