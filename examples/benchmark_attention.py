@@ -76,6 +76,8 @@ def measure(facts: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         return (lambda: torch.autograd.grad(function(), inputs, grad)) if is_training else function
 
     calls = {name: called(function) for name, function in functions.items()}
+    for call in calls.values():
+        call()
     measurements = measure_in_process(calls, options.rounds, options.threads)
     torch.compiler.reset()
     return figures.summarise(measurements, SDPA, TOPK)

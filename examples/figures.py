@@ -80,12 +80,12 @@ def _quartiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
 def table(label: str, rivals: Mapping[str, Mapping[str, Any]], baseline: str, topk: str) -> str:
     """A row for each rival: median time, its ratio to the baseline with quartiles, top-k's ratio to it, memory."""
     width = max(map(len, rivals)) + 2
-    lines = [f"\n{label}", f"  {'':{width}}{'ms':>10}  {'/ ' + baseline:24}{topk + ' / it':20}{'extra MiB':>10}"]
+    lines = [f"\n{label}", f"  {'':{width}}{'ms':>10}  {'/ ' + baseline:26}{topk + ' / it':20}{'extra MiB':>10}"]
     for name, x in rivals.items():
         ratio = f"x{x['ratio']:.2f}  ({x['ratio_low']:.2f} to {x['ratio_high']:.2f})"
         memory = "unknown" if x["extra_mebibytes"] is None else f"{x['extra_mebibytes']:,.1f}"
         share = f"x{x['topk_ratio']:.2f}"
-        lines.append(f"  {name:{width}}{x['milliseconds']:10.2f}  {ratio:24}{share:20}{memory:>10}")
+        lines.append(f"  {name:{width}}{x['milliseconds']:10.2f}  {ratio:26}{share:20}{memory:>10}")
     return "\n".join(lines)
 
 

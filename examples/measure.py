@@ -89,14 +89,12 @@ def measure_in_process(
     Memory is that of a call that is not timed, as freeing memory before a call would make it slower.
 
     Args:
-        calls: for each name what is measured, compiled already.
+        calls: for each name what is measured, compiled and called once already.
         rounds: how often each is called.
         threads: how many the calls use.
         before: runs before each call and is not timed.
     """
     clock = time.process_time if threads == 1 else time.perf_counter
-    for call in calls.values():
-        call()
     extra_bytes = {name: _measure(call).extra_bytes for name, call in calls.items()}
     measurements = {name: Measurement() for name in calls}
     for _ in range(rounds):
