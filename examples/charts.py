@@ -55,7 +55,7 @@ def save_ratios(path: Path, title: str, baseline: str, rows: Mapping[str, Mappin
         rows: by their labels what `figures.summarise` returned.
     """
     names = [name for name in dict.fromkeys(name for row in rows.values() for name in row) if name != baseline]
-    figure = Figure(figsize=(max(6.0, 1.5 + 0.2 * len(rows) * (len(names) + 1)), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 4.0 + 0.15 * len(rows) * (len(names) + 1)), 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(1.0, color="grey", linestyle="--", label=baseline)
     for place, name in enumerate(names):
@@ -66,9 +66,10 @@ def save_ratios(path: Path, title: str, baseline: str, rows: Mapping[str, Mappin
         axes.bar(positions, middles, 1.0, yerr=spread, capsize=2, label=name)
     centres = [group * (len(names) + 1) + (len(names) - 1) / 2 for group in range(len(rows))]
     axes.set_xticks(centres, list(rows), rotation=30, ha="right", fontsize="small")
-    axes.set(yscale="log", ylabel=f"time / {baseline} (median; whiskers: quartiles)")
-    axes.legend(fontsize="small")
-    figure.suptitle(title, fontsize="small")
+    axes.set(yscale="log", ylabel=f"time / {baseline}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.suptitle(f"{title}; whiskers: quartiles", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
 

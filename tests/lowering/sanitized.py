@@ -86,7 +86,7 @@ def attention() -> Iterator[Tensor]:
             inputs = attention_inputs((2,), 4, queries, keys, size, value_size, key_heads=2, dtype=dtype)
             exact = [layouts[(number + n) % len(layouts)](x.detach()) for n, x in enumerate(inputs)]
             drawn = [torch.randn(x.shape).to(dtype) for x in inputs]
-            for k in (1, 17, keys + 3):
+            for k in (1, 17, keys + 3):  # an odd k, too: the memory of every thread is aligned nonetheless
                 yield check_attention(*exact, k=k, is_exact=True)
                 yield check_attention(*drawn, "causal", scale=-0.3, k=k)
                 yield backward(*exact, k=k)

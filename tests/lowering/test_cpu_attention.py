@@ -260,7 +260,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("name", build.supported_instruction_sets())
-@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
 @given(problem=problems())
 def test_any_call_matches_the_definition(name, problem):
     inputs, score, operands, options = problem
