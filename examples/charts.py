@@ -15,6 +15,7 @@ from quality import Predictions
 
 Measurements = Mapping[str, Mapping[str, Measurement]]
 MEBIBYTE = 2**20
+ROWS_OF_A_PANEL = 8
 
 
 def save_charts(
@@ -55,20 +56,25 @@ def save_ratios(path: Path, title: str, baseline: str, rows: Mapping[str, Mappin
         rows: by their labels what `figures.summarise` returned.
     """
     names = [name for name in dict.fromkeys(name for row in rows.values() for name in row) if name != baseline]
-    figure = Figure(figsize=(max(8.0, 4.0 + 0.15 * len(rows) * (len(names) + 1)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(1.0, color="grey", linestyle="--", label=baseline)
-    for place, name in enumerate(names):
-        found = [(group, row[name]) for group, row in enumerate(rows.values()) if name in row]
-        middles = [x["ratio"] for _, x in found]
-        spread = [[x["ratio"] - x["ratio_low"] for _, x in found], [x["ratio_high"] - x["ratio"] for _, x in found]]
-        positions = [group * (len(names) + 1) + place for group, _ in found]
-        axes.bar(positions, middles, 1.0, yerr=spread, capsize=2, label=name)
-    centres = [group * (len(names) + 1) + (len(names) - 1) / 2 for group in range(len(rows))]
-    axes.set_xticks(centres, list(rows), rotation=30, ha="right", fontsize="small")
-    axes.set(yscale="log", ylabel=f"time / {baseline}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    figure.legend(fontsize="small", loc="outside right upper")
+    labels = list(rows)
+    panels = [labels[first : first + ROWS_OF_A_PANEL] for first in range(0, len(labels), ROWS_OF_A_PANEL)]
+    figure = Figure(figsize=(12, 4 * len(panels)), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False, sharey=True)[:, 0], panels, strict=True):
+        axes.axhline(1.0, color="grey", linestyle="--", label=baseline)
+        for place, name in enumerate(names):
+            found = [(group, rows[label][name]) for group, label in enumerate(panel) if name in rows[label]]
+            middles = [x["ratio"] for _, x in found]
+            lengths = [
+                [x["ratio"] - x["ratio_low"] for _, x in found],
+                [x["ratio_high"] - x["ratio"] for _, x in found],
+            ]
+            positions = [group * (len(names) + 1) + place for group, _ in found]
+            axes.bar(positions, middles, 1.0, yerr=lengths, capsize=2, color=f"C{place}", label=name)
+        centres = [group * (len(names) + 1) + (len(names) - 1) / 2 for group in range(len(panel))]
+        axes.set_xticks(centres, panel, rotation=20, ha="right", fontsize="small")
+        axes.set(yscale="log", ylabel=f"time / {baseline}")
+        axes.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     figure.suptitle(f"{title}; whiskers: quartiles", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
