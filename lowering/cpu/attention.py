@@ -14,7 +14,7 @@ from topk_fx.errors import LoweringUnavailableError
 from topk_fx.score import Score
 
 from ..aten import attention_backward as aten_backward
-from . import build
+from . import build, screening
 from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
 from .sparse import CppProducts, TensorArgument, prepare_products, with_dense_rows
 
@@ -39,7 +39,8 @@ class _ForwardArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "value_heads", "queries", "keys")),
         *((name, ctypes.c_int64) for name in ("depth", "value_size", "kept")),
         *((name, ctypes.c_double) for name in ("scale", "dropout_factor")),
-        *((name, ctypes.c_int64) for name in ("zero_empty_rows", "threads")),
+        *((name, ctypes.c_int64) for name in ("zero_empty_rows", "threads", "screens")),
+        ("screening_counts", ctypes.c_void_p),
         *((name, _Program) for name in ("before", "after")),
         ("operands", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("operand_count", "sink")),
@@ -95,7 +96,8 @@ def attention_forward(
     if 0 in (output.numel(), weights.numel()):
         return output.zero_(), indices.zero_(), weights.zero_()
     function = Score.parse(score)
-    before, after = _programs(score, _kinds(function, operands))
+    kinds = _kinds(function, operands)
+    before, after = _programs(score, kinds)
     query, key, value = map(with_dense_rows, (query, key, value))
     sink = -1 if function.sink is None else function.sink.index
     operands = [x.float() if number == sink else x for number, x in enumerate(operands)]
@@ -108,6 +110,8 @@ def attention_forward(
         *(batch, heads, key.size(1), value.size(1), queries, keys, depth, value_size, kept),
         *(scale, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
         *(zero_empty_rows, torch.get_num_threads()),
+        screening.is_used(query, key, kept, function.before, kinds),
+        screening.counts_address(),
         *(before, after, ctypes.addressof(described), len(operands), sink),
     )
     if _kernel(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype])(ctypes.byref(arguments)):

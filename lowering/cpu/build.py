@@ -35,8 +35,9 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
             "-mpopcnt",
             "-mbmi",
             "-mavx512bf16",
+            "-mavx512vnni",
         ),
-        *("-mprefer-vector-width=512", "-DTOPK_AVX512", "-DTOPK_AVX512_BF16"),
+        *("-mprefer-vector-width=512", "-DTOPK_AVX512", "-DTOPK_AVX512_BF16", "-DTOPK_AVX512_VNNI"),
     ),
     "avx512": (
         *_X86,
@@ -46,7 +47,8 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": (*_X86, "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-DTOPK_AVX2"),
     "portable": _X86 if platform.machine() in ("x86_64", "AMD64") else (),
 }
-"""The compiler's options for each instruction set, best first. They come after Inductor's own and so win over these."""
+"""The compiler's options for each instruction set, best first. They come after Inductor's own and so win over these.
+Every processor with AVX512-BF16 so far has AVX512-VNNI too."""
 
 _forced: str | None = None
 
@@ -71,12 +73,17 @@ def current_instruction_set() -> str:
     return _forced or supported_instruction_sets()[0]
 
 
+def current_defines() -> frozenset[str]:
+    """What the sources are told of the instruction set: the names of their macros."""
+    return frozenset(x[2:] for x in INSTRUCTION_SETS[current_instruction_set()] if x.startswith("-D"))
+
+
 @functools.cache
 def supported_instruction_sets() -> tuple[str, ...]:
     """The instruction sets that this processor has, best first."""
     has_avx512 = torch.cpu._is_avx512_supported()
     found = {
-        "avx512_bf16": has_avx512 and torch.cpu._is_avx512_bf16_supported(),
+        "avx512_bf16": has_avx512 and torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported(),
         "avx512": has_avx512,
         "avx2": torch.cpu._is_avx2_supported(),
         "portable": True,

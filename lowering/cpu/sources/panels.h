@@ -23,13 +23,17 @@ int64_t factors_of(int64_t depth) {
   return PAIRS ? (depth + 1) / 2 : depth;
 }
 
-inline Vec multiply_add(Factor a, const Factor* b, Vec c) {
+inline Vec multiply_add(Factor a, Vec b, Vec c) {
 #if defined(TOPK_AVX512_BF16)
   if constexpr (PAIRS)
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
   else
 #endif
-    return fma(broadcast(bit_cast<float>(a)), load(reinterpret_cast<const float*>(b)), c);
+    return fma(broadcast(bit_cast<float>(a)), b, c);
+}
+
+inline Vec multiply_add(Factor a, const Factor* b, Vec c) {
+  return multiply_add(a, load(reinterpret_cast<const float*>(b)), c);
 }
 
 // result[r] = scale * sum over n of query[n][r] * panel[n][..]

@@ -156,13 +156,18 @@ inline int32_t next_cut(int step, int32_t low, int32_t high, int left, int above
   return int32_t((int64_t(low) + high + 1) >> 1);
 }
 
-// Keeps the k largest of at least k candidates, or up to `slack` more, and sets the threshold.
-inline __attribute__((noinline)) void keep_largest(Candidates& row, int k, int slack) {
-  put_in_order(row);
-  if (row.count <= k + slack) return;
-  int32_t low = row.low, high = row.high;
+// Where candidates in order can be cut: `left` of them are `least` or more. That are k, up to `slack` more, or more than
+// these because so many are equal.
+struct Cut {
+  int32_t least;
+  int left;
+};
+
+// Of k or more candidates, of which `left` are `low` or more and at least k.
+inline Cut find_cut(Candidates& row, int k, int slack, int32_t low, int left) {
+  int32_t high = row.high;
   pad(row, std::numeric_limits<int32_t>::min());
-  int left = row.count, above = 0;
+  int above = 0;
   for (int step = 0; left > k + slack && low < high; step++) {
     const int32_t cut = next_cut(step, low, high, left, above, float(k) + 0.5f * float(slack));
     const int found = count_from(row, cut);
@@ -174,14 +179,22 @@ inline __attribute__((noinline)) void keep_largest(Candidates& row, int k, int s
       above = found;
     }
   }
+  return {low, left};
+}
+
+// Keeps the k largest of at least k candidates, or up to `slack` more, and sets the threshold.
+inline __attribute__((noinline)) void keep_largest(Candidates& row, int k, int slack) {
+  put_in_order(row);
+  if (row.count <= k + slack) return;
+  const Cut cut = find_cut(row, k, slack, row.low, row.count);
   int equal = row.count;
-  if (left > k + slack) {  // so many are equal
-    const int larger_ones = low == ORDERED_NAN ? 0 : count_from(row, low + 1);
+  if (cut.left > k + slack) {  // so many are equal
+    const int larger_ones = cut.least == ORDERED_NAN ? 0 : count_from(row, cut.least + 1);
     equal = k - larger_ones;
   }
-  keep_from(row, low, equal);
+  keep_from(row, cut.least, equal);
   // NaN is above every number: once k are kept, only a NaN could be compared with them, and it comes too late.
-  row.threshold = low == ORDERED_NAN ? INF : unordered(low);
+  row.threshold = cut.least == ORDERED_NAN ? INF : unordered(cut.least);
 }
 
 // Keeps exactly the k largest: first a few more, so that the last steps look at these alone.

@@ -1,0 +1,96 @@
+"""When the C++ attention screens its keys in int8 first, as `sources/screening.h` says: the result is the same.
+
+Screened are scores that are products, masked or not: no other step has a bound. The processor needs AVX512-VNNI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from topk_fx.score import Call, Name, Operand, Program
+from topk_fx.score.language import SCORES
+
+from . import build
+from .score_code import OperandKind
+
+FEWEST_KEYS = {torch.float32: 4096, torch.float16: 4096, torch.bfloat16: 8192}
+KEYS_PER_KEPT = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 256}
+FEWEST_ROWS = 96
+"""Screening takes less time for so many keys of which one in so many is kept, and so many queries that share them.
+Measured on an AMD EPYC (Zen 4), one thread, D 64, time of screened / plain, full and causal: float32 4,096 keys k=64
+.79 and .96, 16,384 keys k=64 .49 and .61, k=256 .75 and .87; bfloat16 8,192 keys k=32 .82 and .96, 16,384 keys k=64
+.78 and .89, but 8,192 keys k=128 1.09 and 1.24.
+"""
+
+_forced: bool | None = None
+_counts: Counts | None = None
+
+
+class Counts(ctypes.Structure):
+    """What the kernel did with the rows of its calls; `ScreeningCounts` of screening.h."""
+
+    _fields_ = (
+        ("screened", ctypes.c_int64),  # rows whose selection is among their survivors
+        ("left", ctypes.c_int64),  # rows of which all scores were computed
+        ("survivors", ctypes.c_int64),  # of the screened rows
+    )
+
+
+@contextlib.contextmanager
+def forced(is_on: bool) -> Iterator[Counts]:
+    """While entered, keys are screened wherever they can be, or never, and the rows are counted."""
+    global _forced, _counts
+    before, (_forced, _counts) = (_forced, _counts), (is_on, Counts())
+    try:
+        yield _counts
+    finally:
+        _forced, _counts = before
+
+
+def counts_address() -> int | None:
+    """Where the kernel is to count, if anybody asked."""
+    return None if _counts is None else ctypes.addressof(_counts)
+
+
+def is_used(query: Tensor, key: Tensor, k: int, program: Program, kinds: Sequence[OperandKind]) -> bool:
+    """Whether the keys of an attention are screened. query [B, Hq, Lq, D], key [B, Hk, Lk, D]."""
+    if "TOPK_AVX512_VNNI" not in build.current_defines() or not only_masks(program, kinds):
+        return False
+    return _pays(query, key, k) if _forced is None else _forced
+
+
+def _pays(query: Tensor, key: Tensor, k: int) -> bool:
+    keys, rows = key.size(2), query.size(1) // key.size(1) * query.size(2)
+    return keys >= FEWEST_KEYS[key.dtype] and k * KEYS_PER_KEPT[key.dtype] <= keys and rows >= FEWEST_ROWS
+
+
+def only_masks(program: Program, kinds: Sequence[OperandKind]) -> bool:
+    """Whether a program leaves each score as it is or makes it -inf, whatever the scores are."""
+    name = program.result
+    while name != SCORES:
+        masked = _masked(program.operations[int(name.text[1:])], program, kinds)
+        if masked is None:
+            return False
+        name = masked
+    return True
+
+
+def _masked(call: Call, program: Program, kinds: Sequence[OperandKind]) -> Name | None:
+    """The scores that an operation only masks."""
+    match call.name, call.arguments:
+        case (("keep" | "fill"), (scores, condition, value)) | ("where", (condition, scores, value)):
+            is_mask = value == -math.inf
+        case ("where", (condition, float(value), scores)):
+            is_mask = value == -math.inf
+        case ("mask", (scores, Operand() as condition)):
+            is_mask = kinds[condition.index].dtype == torch.bool
+        case _:
+            return None
+    reads_scores = isinstance(condition, Name) and condition in program.score_dependent
+    return scores if is_mask and scores in program.score_dependent and not reads_scores else None

@@ -1,0 +1,58 @@
+// What the kernel of attention is called with.
+//
+// The build defines QUERY, of queries and keys, and VALUE, the element types.
+#pragma once
+
+#include <cstddef>
+
+#include "rows.h"
+#include "score.h"
+
+namespace topk {
+
+// What became of the rows.
+struct ScreeningCounts {
+  int64_t screened, left, survivors;
+};
+
+// The order is that of the structure which the caller fills.
+struct ForwardArguments {
+  Tensor query, key, value;
+  void* output;  // [B, Hq, Lq, Dv]
+  int32_t* indices;  // [B, Hq, Lq, kept]
+  float* weights;  // [B, Hq, Lq, kept]
+  const bool* dropout_keep;  // [B, Hq, Lq, kept] or null
+  int64_t batch, heads, key_heads, value_heads, queries, keys, depth, value_size, kept;
+  double scale, dropout_factor;
+  int64_t zero_empty_rows, threads;
+  int64_t screens;  // whether to screen the keys in int8; the program before the softmax only masks
+  ScreeningCounts* screening_counts;  // or null
+  Program before, after;
+  const Operand* operands;
+  int64_t operand_count, sink;  // which operand is the sink, or -1
+};
+
+namespace {
+
+using Arguments = ForwardArguments;
+using Value = VALUE;
+
+// Hands out parts of a buffer.
+class Arena {
+ public:
+  explicit Arena(std::byte* data) : data_(data) {}
+  template <typename T>
+  T* take(size_t count) {
+    T* result = reinterpret_cast<T*>(data_ + used_);
+    used_ += size_t(rounded_up(int64_t(count * sizeof(T)), 64));
+    return result;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  std::byte* data_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+}  // namespace topk

@@ -1,0 +1,339 @@
+"""Screening in int8: the same selection, weights and output as without it, to the bit, on data made to be hard for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import LAYOUTS, assert_near, integers
+from topk_fx.lowering import cpu
+from topk_fx.lowering.cpu import build, screening
+from topk_fx.lowering.cpu.score_code import OperandKind
+
+from topk_fx import reference
+from topk_fx.score import Score
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled_memory"),
+    pytest.mark.skipif(bool(build.why_unavailable()), reason=f"C++ cannot be compiled: {build.why_unavailable()}"),
+]
+needs_vnni = pytest.mark.skipif(
+    "TOPK_AVX512_VNNI" not in build.current_defines(), reason="the processor has no AVX512-VNNI beside AVX512-BF16"
+)
+
+NAN, INF = math.nan, math.inf
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def equal_bits(x, y):
+    return torch.equal(torch.nan_to_num(x, 12345.0), torch.nan_to_num(y, 12345.0)) and x.isnan().equal(y.isnan())
+
+
+def check(query, key, value, score="", operands=(), *, scale=0.5, k=7, zero_empty_rows=True, dropout_keep=None):
+    """Screened is the same as not screened. Returns the counts, and output, indices and weights."""
+    arguments = (query, key, value, list(operands), score, scale, k, dropout_keep, 0.5, zero_empty_rows)
+    with screening.forced(False) as none:
+        expected = cpu.attention_forward(*arguments)
+    with screening.forced(True) as counts:
+        actual = cpu.attention_forward(*arguments)
+    for x, y in zip(actual, expected, strict=True):
+        assert equal_bits(x, y)
+    assert none.screened == none.left == 0
+    return counts, actual
+
+
+def normal(*shape, dtype=torch.float32, generator=None):
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+# --- that it does something, and what
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+def test_few_keys_survive_on_random_data(size, dtype):
+    query, key, value = (normal(1, 2, 2048, size, dtype=dtype) for _ in range(3))
+    counts, _ = check(query, key, value, scale=size**-0.5, k=64)
+    assert (counts.screened, counts.left) == (2 * 2048, 0)
+    assert 64 <= counts.survivors / counts.screened < 3.5 * 64
+
+
+@needs_vnni
+def test_columns_of_very_different_size_are_evened_out():
+    query, key, value = (normal(1, 1, 1024, 64) for _ in range(3))
+    key = key + 20 * normal(64)  # the mean is subtracted
+    key[..., 3] *= 8
+    query[..., 3] *= 8
+    counts, _ = check(query, key, value, scale=0.125, k=32)
+    assert counts.left == 0
+    assert counts.survivors / counts.screened < 3.5 * 32
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_is_that_of_the_definition(dtype):
+    query, key = (integers(2, 4, 130, 33, dtype=dtype) for _ in range(2))
+    key, value = integers(2, 2, 700, 33, dtype=dtype), normal(2, 2, 700, 5, dtype=dtype)
+    counts, (output, indices, _) = check(query, key, value, "causal", scale=0.25, k=9)
+    expected = reference.attention(query, key, value, k=9, scale=0.25, is_causal=True, enable_gqa=True)
+    assert_near(output, expected)
+    scores = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.25
+    scores = scores.masked_fill(torch.ones(130, 700, dtype=torch.bool).triu(1), -INF)
+    assert indices.sort(-1).values.long().equal(reference.select(scores, 9, empty_row=0.0)[1].sort(-1).values)
+    assert counts.screened + counts.left == 2 * 4 * 130
+
+
+# --- hard data
+
+
+def near_ties(key, generator):
+    """All keys within the margin of each other, and float32 tells some of them apart."""
+    return (key[..., :1, :] + 1e-6 * key).contiguous()
+
+
+def rising(key, generator):
+    return key * 0.01 + torch.arange(key.size(-2)).view(-1, 1) / 100
+
+
+def clusters(key, generator):
+    """Hundreds of keys in the same place, then others."""
+    return torch.cat(
+        [key[..., :1, :].expand_as(key)[..., : key.size(-2) // 2, :], key[..., key.size(-2) // 2 :, :]], -2
+    )
+
+
+def one_value(where, x):
+    def change(key, generator):
+        key = key.clone()
+        key[(*where, 0)] = x
+        return key
+
+    return change
+
+
+HARD = {
+    "ties": lambda key, generator: integers(*key.shape, generator=generator),
+    "all_equal": lambda key, generator: torch.ones_like(key),
+    "all_zero": lambda key, generator: torch.zeros_like(key),
+    "near_ties": near_ties,
+    "rising": rising,
+    "falling": lambda key, generator: -rising(key, generator),
+    "clusters": clusters,
+    "large_key": lambda key, generator: key * torch.where(torch.arange(key.size(-2)) == 5, 1e4, 1.0).view(-1, 1),
+    "large_column": lambda key, generator: key * torch.where(torch.arange(key.size(-1)) == 0, 1e4, 1.0),
+    "large_mean": lambda key, generator: key + 1000,
+    "many_sizes": lambda key, generator: key * torch.logspace(-6, 6, key.size(-2)).view(-1, 1),
+    "huge": lambda key, generator: key * 1e37,
+    "tiny": lambda key, generator: key * 1e-37,
+    "subnormal": lambda key, generator: key * 1e-42,
+    "infinite_key": one_value((0, 0, -1), INF),
+    "nan_key": one_value((0, 0, 3), NAN),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_keys_are_selected_exactly(name, dtype):
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = (normal(1, 2, length, 40, generator=generator) for length in (100, 1500, 1500))
+    key, query, value = (x.to(dtype) for x in (HARD[name](key, generator), query, value))
+    for score in ("", "causal"):
+        check(query, key, value, score, k=20)
+    query = HARD[name](query.float(), generator).to(dtype)
+    check(query, key, value, k=20, scale=-0.01)
+
+
+@needs_vnni
+def test_best_key_beside_a_large_one_is_kept_although_it_rounds_to_nothing():
+    key = torch.linspace(0, 1, 2000).view(1, 1, 2000, 1).clone()
+    key[0, 0, -1], key[0, 0, -2] = -1000, 3  # one step of their panel is 7.9
+    query = torch.ones(1, 1, 100, 1)
+    counts, (_, indices, _) = check(query, key, key, scale=1.0, k=1)
+    assert counts.screened == 100
+    assert indices.eq(1998).all()
+
+
+@needs_vnni
+def test_best_key_is_kept_although_what_it_meets_of_the_query_rounds_to_nothing():
+    key = torch.zeros(1, 1, 2000, 3)
+    key[..., :1984, 0] = torch.linspace(-0.01, 0.01, 1984)
+    key[0, 0, -1, 1] = 5.0
+    query = torch.tensor([1000.0, 3.0, 0.0]).expand(1, 1, 100, 3)  # its step is 7.9
+    counts, (_, indices, _) = check(query, key, key, scale=1.0, k=1)
+    assert counts.screened == 100
+    assert indices.eq(1999).all()
+
+
+@needs_vnni
+def test_rows_of_which_too_many_keys_survive_are_scanned_and_others_are_not():
+    """A query of zeros ties with every key, one with NaN cannot be bounded; the rest of their tile is screened."""
+    query, key, value = (normal(1, 1, length, 64) for length in (96, 3000, 3000))
+    query[0, 0, 10], query[0, 0, 20, 3], query[0, 0, 30, 0] = 0, NAN, -INF
+    counts, (_, indices, _) = check(query, key, value, k=16)
+    assert (counts.screened, counts.left) == (93, 3)
+    assert indices[0, 0, 10].tolist() == list(range(16))
+
+
+@needs_vnni
+def test_screening_is_given_up_where_most_rows_are_left():
+    query, key, value = normal(1, 1, 4000, 16), torch.ones(1, 1, 2000, 16), normal(1, 1, 2000, 16)
+    counts, _ = check(query, key, value, k=16)
+    assert (counts.screened, counts.left) == (0, 4000)
+
+
+@needs_vnni
+def test_heads_with_a_key_that_is_no_number_are_not_screened():
+    query, key, value = (normal(1, 2, length, 16) for length in (100, 900, 900))
+    key[0, 1, 500, 3] = INF
+    counts, _ = check(query, key, value, k=8)
+    assert (counts.screened, counts.left) == (100, 100)
+
+
+# --- masks, steps after them, sizes
+
+MASKS = {
+    "window": ("keep(and(le(j, i), gt(j, sub(i, 50))), -inf)", list),
+    "padding": ("keep(and(le(j, i), $0), -inf)", lambda: [(torch.arange(600) < 450).view(1, 1, 1, 600)]),
+    "boolean": ("mask($0)", lambda: [torch.rand(1, 4, 600, 600) < 0.3]),
+    "strided_boolean": ("mask($0) causal", lambda: [(torch.rand(1, 1, 600, 600) < 0.3).mT]),
+    "empty_rows": ("mask($0)", lambda: [(torch.arange(600) % 3 > 0).view(1, 1, 600, 1).expand(1, 1, 600, 600)]),
+    "documents": ("keep(eq($0, $1), -inf)", lambda: [(torch.arange(600) // 70).view(1, 1, s, -1) for s in (600, 1)]),
+    "fill": ("fill(gt(j, i), -inf)", list),
+    "where": ("set(where(le(j, i), s, -inf))", list),
+    "sink": ("causal sink($0)", lambda: [torch.randn(1, 4, 1, 1)]),
+    "after": ("causal softmax mul($0) add($1)", lambda: [torch.randn(1, 4, 1, 1), torch.randn(1, 4, 600, 600)]),
+}
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", MASKS)
+def test_masked_keys_never_survive(name):
+    score, operands = MASKS[name]
+    query, key, value = normal(1, 4, 600, 48), normal(1, 2, 600, 48), normal(1, 2, 600, 48)
+    for zero_empty_rows in (True, False):
+        counts, _ = check(query, key, value, score, operands(), scale=0.2, k=11, zero_empty_rows=zero_empty_rows)
+        assert (counts.screened, counts.left) == (2400, 0)
+
+
+def test_other_steps_are_not_screened():
+    query, key, value = (normal(1, 1, 200, 16) for _ in range(3))
+    bias = normal(1, 1, 200, 200)
+    for score in (
+        "add($0)",
+        "mask($0)",
+        "tanh",
+        "keep(le(j, i), -10000.0)",
+        "keep(gt(s, 0.0), -inf)",
+        "mul($0) causal",
+    ):
+        counts, _ = check(query, key, value, score, [bias][: score.count("$0")])
+        assert counts.screened == counts.left == 0
+
+
+@needs_vnni
+@pytest.mark.parametrize("scale", [1.0, -0.125, 0.0, 1e-12, -1e12, 1e-5])
+def test_any_scale_gives_the_same(scale):
+    query, key, value = (normal(1, 1, 300, 24) for _ in range(3))
+    counts, _ = check(query, key, value, "causal", scale=scale, k=9)
+    assert (counts.screened + counts.left == 300) == (1e-6 < abs(scale) < 1e6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 33, 40, 80, 96, 200, 256, 512, 513])
+def test_head_sizes_give_the_same(size, dtype):
+    query, key, value = (normal(1, 2, 333, size, dtype=dtype) for _ in range(3))
+    check(query, key, value, "causal", scale=size**-0.5, k=8)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 31, 32, 33, 255, 256, 257, 1000])
+@pytest.mark.parametrize("k", [1, 16, 256, 2000])
+def test_few_keys_and_large_k_give_the_same(keys, k):
+    query, key, value = normal(2, 3, 40, 20), normal(2, 1, keys, 20), normal(2, 3, keys, 4)
+    check(query, key, value, k=k)
+    check(query, key, value, "causal", k=k)
+
+
+def test_dropout_and_threads_change_nothing():
+    query, key, value = normal(2, 4, 200, 32), *(normal(2, 2, 900, 32) for _ in range(2))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            keep = torch.rand(2, 4, 200, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+            found.append(check(query, key, value, k=12, dropout_keep=keep)[1])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(x.equal(y) for x, y in zip(found[0], other, strict=True))
+
+
+# --- the choice
+
+
+def test_only_programs_that_mask_are_screened():
+    def only_masks(score, *dtypes):
+        return screening.only_masks(Score.parse(score).before, [OperandKind(x, "dense") for x in dtypes])
+
+    assert only_masks("")
+    assert only_masks("causal mask($0) fill($1, -inf)", torch.bool, torch.bool)
+    assert not only_masks("mask($0)", torch.float32)
+    assert not only_masks("causal mul(2.0)")
+    assert not only_masks("keep(le(j, i), 0.0)")
+    assert not only_masks("keep(lt(s, 1.0), -inf)")
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_screening_is_chosen_for_many_keys_of_which_few_are_kept(dtype):
+    few, many = (torch.empty(1, 1, n, 64, dtype=dtype) for n in (1024, 65536))
+    program = Score.parse("causal").before
+    assert not screening.is_used(few, few, 16, program, [])
+    assert screening.is_used(many, many, 64, program, [])
+    assert not screening.is_used(many, many, 8192, program, [])
+    assert not screening.is_used(many[:, :, :1], many, 64, program, [])
+    with build.instruction_set("portable"), screening.forced(True):
+        assert not screening.is_used(many, many, 64, program, [])
+
+
+# --- property
+
+
+@st.composite
+def problems(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from(DTYPES))
+    key_heads, group, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    queries, keys = draw(st.sampled_from([9, 30, 130])), draw(st.sampled_from([20, 300, 1200]))
+    size, value_size = draw(st.sampled_from([1, 7, 16, 40, 64])), draw(st.sampled_from([1, 16, 37]))
+    query = normal(batch, key_heads * group, queries, size, generator=generator)
+    key = normal(batch, key_heads, keys, size, generator=generator)
+    value = normal(batch, key_heads, keys, value_size, generator=generator)
+    key = HARD[draw(st.sampled_from(sorted(HARD)))](key, generator) if draw(st.booleans()) else key
+    query = HARD[draw(st.sampled_from(sorted(HARD)))](query, generator) if draw(st.booleans()) else query
+    layouts = sorted(LAYOUTS)
+    inputs = [LAYOUTS[draw(st.sampled_from(layouts))](x.to(dtype)) for x in (query, key, value)]
+    shape = [s if draw(st.booleans()) else 1 for s in (batch, key_heads * group, queries, keys)]
+    mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.02, 0.5, 0.98]))
+    score, operands = draw(
+        st.sampled_from([("", []), ("causal", []), ("mask($0)", [mask]), ("mask($0) causal", [mask])])
+    )
+    options = {
+        "scale": draw(st.sampled_from([0.125, 1.0, -0.5])),
+        "k": draw(st.sampled_from([1, 8, 50, 400])),
+        "zero_empty_rows": draw(st.booleans()),
+    }
+    return inputs, score, operands, options
+
+
+@needs_vnni
+@settings(derandomize=True, max_examples=300, deadline=None, database=None)
+@given(problems())
+def test_any_call_gives_the_same(problem):
+    inputs, score, operands, options = problem
+    counts, _ = check(*inputs, score, operands, **options)
+    assert counts.screened + counts.left in (0, inputs[0].shape[:3].numel())
