@@ -8,6 +8,8 @@ from .choice import choose, ffn_lowering_of, lowering_of, lowering_to_run, pays
 
 library.impl("attention_forward", dispatch.attention_forward, "CompositeExplicitAutograd")
 library.impl("attention_backward", dispatch.attention_backward, "CompositeExplicitAutograd")
+library.impl("attention_screened", dispatch.attention_screened, "CompositeExplicitAutograd")
+library.impl("copy_keys", dispatch.copy_keys, "CompositeExplicitAutograd")
 library.impl("ffn_forward", dispatch.ffn_forward, "CompositeExplicitAutograd")
 library.impl("ffn_backward", dispatch.ffn_backward, "CompositeExplicitAutograd")
 

@@ -12,6 +12,7 @@ from topk_fx.errors import LoweringUnavailableError
 
 from . import aten, cpu, triton
 from .choice import ffn_lowering_of, lowering_of
+from .cpu.key_copy import KeyCopy, why_no_copy, write
 
 _LOWERINGS = {"aten": aten, "cpu": cpu, "triton": triton}
 
@@ -63,6 +64,33 @@ def attention_backward(
     return chosen.attention_backward(
         grad, query, key, value, operands, score, scale, indices, weights, dropout_p, operand_needs_grad
     )
+
+
+def attention_screened(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    panels: Tensor,
+    facts: Tensor,
+    means: Tensor,
+    zero_empty_rows: bool = True,
+) -> Tensor:
+    """The output of `attention_forward`, in C++ by a copy of the keys if that can serve."""
+    operands = operands or ()
+    arguments = (query, key, value, operands, score, scale, k, None, 0.0, zero_empty_rows)
+    name, _ = lowering_of("", arguments[:7])
+    if name != "cpu" or panels.size(2) == 0 or why_no_copy(key):
+        return attention_forward(*arguments)[0]
+    return cpu.attention_forward(*arguments, KeyCopy(panels, facts, means))[0]
+
+
+def copy_keys(rows: Tensor, panels: Tensor, facts: Tensor, means: Tensor, first: int) -> None:
+    """Writes keys `first`, `first` + 1 ... into their copy."""
+    write(rows, KeyCopy(panels, facts, means), first)
 
 
 def ffn_forward(

@@ -11,9 +11,11 @@ from .explain import explain
 from .export import rewrite
 from .functional import attention, ffn
 from .report import RewriteReport, Site
+from .screened_keys import ScreenedKeys
 
 __all__ = [
     "RewriteReport",
+    "ScreenedKeys",
     "Site",
     "TopKConfig",
     "attention",

@@ -10,7 +10,8 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .config import Keep, kept_count, nearest, validate_keep
 from .errors import ConfigError, DTypeError, ShapeError
-from .shapes import broadcast, check_attention_inputs, check_ffn_inputs
+from .screened_keys import ScreenedKeys
+from .shapes import attention_frame, broadcast, check_attention_inputs, check_ffn_inputs
 
 
 def attention(
@@ -24,6 +25,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
+    screened_keys: ScreenedKeys | None = None,
 ) -> Tensor:
     """Exact top-k attention: each query attends to the k keys of largest score, sum_{j in top-k} softmax_j(s) v_j.
 
@@ -42,6 +44,8 @@ def attention(
         scale: 1 / sqrt(D) by default.
         enable_gqa: lets Hk be a divisor of Hq; the keys are not copied.
         dropout_p: the share of the kept weights that is dropped; always applied, as SDPA does.
+        screened_keys: of key [B, Hk, Lk, D], to read less of it in decoding: the result is the same. It takes neither
+            dropout nor gradients.
 
     Returns:
         [..., Hq, Lq, Dv], dtype of value. A row whose keys are all masked out is 0; a row with a NaN score is NaN.
@@ -72,6 +76,13 @@ def attention(
     if is_causal:
         steps.append("causal")
     kept = max(1, min(kept_count(keep, key.size(-2)), 2**62))
+    if screened_keys is not None:
+        _check_screened_keys(screened_keys, key, dropout_p)
+        frame = attention_frame(query, key, value, operands)
+        return torch.ops.topk_fx.attention_screened(
+            *(frame.query, frame.key, frame.value, frame.operands, " ".join(steps), scale, kept),
+            *(screened_keys.panels, screened_keys.facts, screened_keys.means),
+        ).reshape(frame.output_shape)
     return torch.ops.topk_fx.attention(query, key, value, operands, " ".join(steps), scale, kept, dropout_p, True)
 
 
@@ -148,6 +159,19 @@ def _check_mask(mask: object, query: Tensor, key: Tensor) -> None:
     )
     if not fits:
         raise ShapeError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to the scores, {scores}")
+
+
+def _check_screened_keys(screened: object, key: Tensor, dropout_p: float) -> None:
+    if not isinstance(screened, ScreenedKeys):
+        raise DTypeError(f"screened_keys is a {type(screened).__name__}; accepted: a topk_fx.ScreenedKeys or None")
+    batch, heads, size = screened.shape
+    if (*key.shape,) != (batch, heads, screened.length, size) or key.dtype != screened.dtype:
+        raise ShapeError(
+            f"screened_keys is of keys [{batch}, {heads}, {screened.length}, {size}] of {screened.dtype}; "
+            f"key has shape {tuple(key.shape)} and dtype {key.dtype}"
+        )
+    if dropout_p > 0:
+        raise ConfigError(f"dropout_p={dropout_p!r} is not accepted together with screened_keys: give 0.0")
 
 
 def _check_dropout(dropout_p: object) -> None:

@@ -4,6 +4,7 @@
       topk_fx::attention_forward    what a lowering computes: 4-D, returns the selection too
       topk_fx::attention_backward   its sparse gradient
     topk_fx::ffn, ffn_forward, ffn_backward   the same for the FFN
+    topk_fx::attention_screened   an attention without gradients, by a copy of the keys in int8 that copy_keys writes
 
 The outer ops are composite: autograd, AOTAutograd and torch.export's decompositions see through them to the inner ones,
 so that the graph a person reads stays one line a site, while a training graph holds the two kernels. The rules for vmap
@@ -48,6 +49,11 @@ library.define(
     "Scalar scale, Tensor indices, Tensor weights, float dropout_p, bool[] operand_needs_grad, str lowering='') "
     "-> Tensor[]"
 )
+library.define(
+    "attention_screened(Tensor query, Tensor key, Tensor value, Tensor[] operands, str score, Scalar scale, SymInt k, "
+    "Tensor panels, Tensor facts, Tensor means, bool zero_empty_rows=True) -> Tensor"
+)
+library.define("copy_keys(Tensor rows, Tensor(a!) panels, Tensor(b!) facts, Tensor means, SymInt first) -> ()")
 library.define("no_second_derivative(str op, Tensor[] grads, Tensor[] inputs) -> Tensor[]")
 library.define(
     "ffn(Tensor input, Tensor? up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, "
@@ -329,6 +335,42 @@ def _attention_backward_fake(
 ) -> list[Tensor]:
     wanted = [x for x, needed in zip(operands, operand_needs_grad, strict=True) if needed]
     return [x.new_empty(x.shape) for x in (query, key, value, *wanted)]
+
+
+def _attention_screened(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    panels: Tensor,
+    facts: Tensor,
+    means: Tensor,
+    zero_empty_rows: bool = True,
+) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *operands)):
+        raise UnsupportedDerivativeError(
+            "topk_fx::attention_screened has no gradient: call it under torch.no_grad(), or without screened_keys"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.topk_fx.attention_screened(
+            query, key, value, operands, score, scale, k, panels, facts, means, zero_empty_rows
+        )
+
+
+library.impl("attention_screened", _attention_screened, "Autograd")
+
+
+@torch.library.register_fake("topk_fx::attention_screened", lib=library)
+def _attention_screened_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return value.new_empty(*query.shape[:-1], value.size(-1))
+
+
+@torch.library.register_fake("topk_fx::copy_keys", lib=library)
+def _copy_keys_fake(rows: Tensor, panels: Tensor, facts: Tensor, means: Tensor, first: int) -> None:
+    return None
 
 
 def _ffn(

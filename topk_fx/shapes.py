@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .errors import DTypeError, ShapeError
 
+PANEL_KEYS = 32
+"""Keys that lie together in a copy in int8, four columns of one beside four of the next."""
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,6 +104,11 @@ def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if value.size(-2) != key.size(-2) and key.size(-2) != 1:
         raise ShapeError(f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}: their lengths differ")
+
+
+def column_quads(head_size: int) -> int:
+    """How many times four columns a key has in a copy in int8."""
+    return -(-head_size // 4)
 
 
 def broadcast(what: str, *shapes: Sequence[int]) -> tuple[int, ...]:

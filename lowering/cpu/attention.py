@@ -15,6 +15,7 @@ from topk_fx.score import Score
 
 from ..aten import attention_backward as aten_backward
 from . import build, screening
+from .key_copy import KeyCopy, KeyCopyArgument
 from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
 from .sparse import CppProducts, TensorArgument, prepare_products, with_dense_rows
 
@@ -41,6 +42,7 @@ class _ForwardArguments(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("scale", "dropout_factor")),
         *((name, ctypes.c_int64) for name in ("zero_empty_rows", "threads", "screens")),
         ("screening_counts", ctypes.c_void_p),
+        ("copy", KeyCopyArgument),
         *((name, _Program) for name in ("before", "after")),
         ("operands", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("operand_count", "sink")),
@@ -81,8 +83,11 @@ def attention_forward(
     dropout_keep: Tensor | None,
     dropout_p: float,
     zero_empty_rows: bool,
+    copy: KeyCopy | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, indices and weights as `aten.attention_forward`; the kept keys of a row ascend.
+
+    Few queries are screened by a copy of the keys in int8, if one is given and the program only masks.
 
     Raises:
         LoweringUnavailableError: there is no kernel for these tensors or this score, or no compiler.
@@ -95,6 +100,8 @@ def attention_forward(
     weights = query.new_empty(batch, heads, queries, kept, dtype=torch.float32)
     if 0 in (output.numel(), weights.numel()):
         return output.zero_(), indices.zero_(), weights.zero_()
+    if copy is not None:
+        copy.check(key, keys)
     function = Score.parse(score)
     kinds = _kinds(function, operands)
     before, after = _programs(score, kinds)
@@ -112,6 +119,7 @@ def attention_forward(
         *(zero_empty_rows, torch.get_num_threads()),
         screening.is_used(query, key, kept, function.before, kinds),
         screening.counts_address(),
+        KeyCopyArgument.of(copy) if copy and screening.can_be_used(function.before, kinds) else KeyCopyArgument(),
         *(before, after, ctypes.addressof(described), len(operands), sink),
     )
     if _kernel(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype])(ctypes.byref(arguments)):

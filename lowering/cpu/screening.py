@@ -46,11 +46,14 @@ class Counts(ctypes.Structure):
 def forced(is_on: bool) -> Iterator[Counts]:
     """While entered, keys are screened wherever they can be, or never, and the rows are counted."""
     global _forced, _counts
-    before, (_forced, _counts) = (_forced, _counts), (is_on, Counts())
+    counts, (is_forced, outer) = Counts(), (_forced, _counts)
+    _forced, _counts = is_on, counts
     try:
-        yield _counts
+        yield counts
     finally:
-        _forced, _counts = before
+        _forced, _counts = is_forced, outer
+        for name, _ in Counts._fields_ if outer else ():
+            setattr(outer, name, getattr(outer, name) + getattr(counts, name))
 
 
 def counts_address() -> int | None:
@@ -60,9 +63,19 @@ def counts_address() -> int | None:
 
 def is_used(query: Tensor, key: Tensor, k: int, program: Program, kinds: Sequence[OperandKind]) -> bool:
     """Whether the keys of an attention are screened. query [B, Hq, Lq, D], key [B, Hk, Lk, D]."""
-    if "TOPK_AVX512_VNNI" not in build.current_defines() or not only_masks(program, kinds):
+    if not can_be_used(program, kinds):
         return False
     return _pays(query, key, k) if _forced is None else _forced
+
+
+def is_available() -> bool:
+    """Whether the processor, as kernels are built for it, has what screening needs."""
+    return "TOPK_AVX512_VNNI" in build.current_defines()
+
+
+def can_be_used(program: Program, kinds: Sequence[OperandKind]) -> bool:
+    """Whether keys can be screened by what a program makes of their products."""
+    return is_available() and only_masks(program, kinds)
 
 
 def _pays(query: Tensor, key: Tensor, k: int) -> bool:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from hard_keys import HARD, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, assert_near, integers
@@ -43,10 +44,6 @@ def check(query, key, value, score="", operands=(), *, scale=0.5, k=7, zero_empt
         assert equal_bits(x, y)
     assert none.screened == none.left == 0
     return counts, actual
-
-
-def normal(*shape, dtype=torch.float32, generator=None):
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 # --- that it does something, and what
@@ -88,51 +85,6 @@ def test_result_is_that_of_the_definition(dtype):
 
 
 # --- hard data
-
-
-def near_ties(key, generator):
-    """All keys within the margin of each other, and float32 tells some of them apart."""
-    return (key[..., :1, :] + 1e-6 * key).contiguous()
-
-
-def rising(key, generator):
-    return key * 0.01 + torch.arange(key.size(-2)).view(-1, 1) / 100
-
-
-def clusters(key, generator):
-    """Hundreds of keys in the same place, then others."""
-    return torch.cat(
-        [key[..., :1, :].expand_as(key)[..., : key.size(-2) // 2, :], key[..., key.size(-2) // 2 :, :]], -2
-    )
-
-
-def one_value(where, x):
-    def change(key, generator):
-        key = key.clone()
-        key[(*where, 0)] = x
-        return key
-
-    return change
-
-
-HARD = {
-    "ties": lambda key, generator: integers(*key.shape, generator=generator),
-    "all_equal": lambda key, generator: torch.ones_like(key),
-    "all_zero": lambda key, generator: torch.zeros_like(key),
-    "near_ties": near_ties,
-    "rising": rising,
-    "falling": lambda key, generator: -rising(key, generator),
-    "clusters": clusters,
-    "large_key": lambda key, generator: key * torch.where(torch.arange(key.size(-2)) == 5, 1e4, 1.0).view(-1, 1),
-    "large_column": lambda key, generator: key * torch.where(torch.arange(key.size(-1)) == 0, 1e4, 1.0),
-    "large_mean": lambda key, generator: key + 1000,
-    "many_sizes": lambda key, generator: key * torch.logspace(-6, 6, key.size(-2)).view(-1, 1),
-    "huge": lambda key, generator: key * 1e37,
-    "tiny": lambda key, generator: key * 1e-37,
-    "subnormal": lambda key, generator: key * 1e-42,
-    "infinite_key": one_value((0, 0, -1), INF),
-    "nan_key": one_value((0, 0, 3), NAN),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,6 +15,15 @@ struct ScreeningCounts {
   int64_t screened, left, survivors;
 };
 
+// A copy of the keys in int8: for each head [panel][quad][PANEL] and facts [panel][3][PANEL], the step, lost and left of
+// each key (int8.h).
+struct KeyCopy {
+  uint32_t* panels;  // null if there is none
+  float* facts;
+  const float* means;  // [B, Hk, depth]: what is subtracted from the keys of a head
+  int64_t capacity;  // in panels, for each head
+};
+
 // The order is that of the structure which the caller fills.
 struct ForwardArguments {
   Tensor query, key, value;
@@ -27,6 +36,7 @@ struct ForwardArguments {
   int64_t zero_empty_rows, threads;
   int64_t screens;  // whether to screen the keys in int8; the program before the softmax only masks
   ScreeningCounts* screening_counts;  // or null
+  KeyCopy copy;  // of the keys, which few query rows are screened by
   Program before, after;
   const Operand* operands;
   int64_t operand_count, sink;  // which operand is the sink, or -1

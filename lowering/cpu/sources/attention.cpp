@@ -18,6 +18,7 @@
 #include <omp.h>
 
 #include "kept_keys.h"
+#include "screened_keys.h"
 #include "screened_prefill.h"
 
 namespace topk {
@@ -52,6 +53,16 @@ void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, i
     if (can_skip(a, block, s.candidates, INF, facts)) continue;
     multiply_few(a, tile.batch, tile.key_head, first, count, s.queries, a.depth, tile.rows, s.scores);
     take_candidates(a, block, facts, s.candidates, s.scores, limits);
+  }
+}
+
+// The values of a row's candidates, of which most are kept: they lie far apart, and none waits for another.
+void fetch_values(const Arguments& a, const Tile& tile, const RowPosition& position, const Candidates& row) {
+  if (row.count > 2 * a.kept) return;
+  const Value* values = row_of<Value>(a.value, tile.batch, position.head / (a.heads / a.value_heads), 0);
+  for (int n = 0; n < row.count; n++) {
+    const char* value = reinterpret_cast<const char*>(values + row.indices[n] * a.value.strides[2]);
+    for (size_t byte = 0; byte < a.value_size * sizeof(Value); byte += 64) prefetch(value + byte);
   }
 }
 
@@ -126,6 +137,7 @@ void decode(const Arguments& a) {
 
   Arena counter(nullptr);
   Scratch(a, counter, FEW_ROWS);
+  ScreenedFew(a, counter);
   const int64_t joined = std::max(capacity, splits * kept_of_split);
   const int64_t list_bytes = std::max(rows * capacity, joined) * 2 * int64_t(sizeof(int32_t));
   const int64_t thread_bytes = rounded_up(int64_t(counter.used()) + list_bytes, 4096) + 64;
@@ -140,17 +152,19 @@ void decode(const Arguments& a) {
   {
     Arena arena(memory.as<std::byte>(omp_get_thread_num() * thread_bytes));
     Scratch scratch(a, arena, FEW_ROWS);
+    ScreenedFew screened(a, arena);
     int32_t* lists = arena.take<int32_t>(0);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < all_heads * splits; n++) {
       const int64_t head = n / splits, split = n % splits, begin = split * split_keys;
+      const int64_t end = std::min(begin + split_keys, a.keys);
       const Tile tile{head / a.key_heads, head % a.key_heads, 0, int(rows)};
       start(a, tile, scratch);
       for (int64_t r = 0; r < rows; r++) {
         scratch.candidates[r].scores = lists + 2 * r * capacity;
         scratch.candidates[r].indices = lists + (2 * r + 1) * capacity;
       }
-      scan_few(a, tile, scratch, begin, std::min(begin + split_keys, a.keys), limits);
+      if (!screened.run(tile, scratch, begin, end)) scan_few(a, tile, scratch, begin, end, limits);
       for (int64_t r = 0; r < rows; r++) {
         Candidates& row = scratch.candidates[r];
         keep_exactly(row, int(a.kept));
@@ -173,6 +187,7 @@ void decode(const Arguments& a) {
         std::copy(source + 1 + kept_of_split, source + 1 + kept_of_split + source[0], row.indices + row.count);
         row.count += source[0];
       }
+      fetch_values(a, tile, scratch.positions[0], row);
       finish(a, tile, scratch.positions[0], row, scratch);
     }
   }
@@ -180,6 +195,13 @@ void decode(const Arguments& a) {
 
 }  // namespace
 }  // namespace topk
+
+// Rounds keys to int8, into a copy of them.
+extern "C" void copy_keys(const topk::CopyArguments* arguments) {
+#if defined(TOPK_AVX512_VNNI)
+  topk::copy_keys(*arguments);
+#endif
+}
 
 // 0, or 1 if there is not enough memory.
 extern "C" int64_t attention_forward(const topk::ForwardArguments* arguments) {
