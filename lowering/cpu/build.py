@@ -75,7 +75,12 @@ def current_instruction_set() -> str:
 
 def current_defines() -> frozenset[str]:
     """What the sources are told of the instruction set: the names of their macros."""
-    return frozenset(x[2:] for x in INSTRUCTION_SETS[current_instruction_set()] if x.startswith("-D"))
+    return _defines_of(current_instruction_set())
+
+
+@functools.cache
+def _defines_of(instructions: str) -> frozenset[str]:
+    return frozenset(x[2:] for x in INSTRUCTION_SETS[instructions] if x.startswith("-D"))
 
 
 @functools.cache
