@@ -237,8 +237,9 @@ class ScreenedFew {
     const bool is_found = FewScan(a_, tile, scratch, *few_, limits_).run(begin, end);
     if (a_.screening_counts) {
       ScreeningCounts& counts = *a_.screening_counts;
-      std::atomic_ref(is_found ? counts.screened : counts.left) += tile.rows;
-      for (int r = 0; is_found && r < tile.rows; r++) std::atomic_ref(counts.survivors) += scratch.candidates[r].count;
+      __atomic_fetch_add(is_found ? &counts.screened : &counts.left, tile.rows, __ATOMIC_RELAXED);
+      for (int r = 0; is_found && r < tile.rows; r++)
+        __atomic_fetch_add(&counts.survivors, scratch.candidates[r].count, __ATOMIC_RELAXED);
     }
     return is_found;
   }
