@@ -132,9 +132,17 @@ def test_rows_of_which_too_many_keys_survive_are_scanned_and_others_are_not():
 
 @needs_vnni
 def test_screening_is_given_up_where_most_rows_are_left():
-    query, key, value = normal(1, 1, 4000, 16), torch.ones(1, 1, 2000, 16), normal(1, 1, 2000, 16)
-    counts, _ = check(query, key, value, k=16)
-    assert (counts.screened, counts.left) == (0, 4000)
+    query, key, value = normal(2, 4, 2000, 16), torch.ones(2, 2, 2000, 16), normal(2, 2, 2000, 16)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for score in ("", "causal"):
+                counts, _ = check(query, key, value, score, k=16)
+                assert counts.left > 15000
+                assert counts.screened + counts.left == 2 * 4 * 2000
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_vnni

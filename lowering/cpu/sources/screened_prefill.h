@@ -3,6 +3,9 @@
 
 #include <omp.h>
 
+#include <optional>
+#include <vector>
+
 #include "kept_keys.h"
 #include "screening.h"
 
@@ -38,6 +41,41 @@ struct HeadOfKeys {
   std::atomic<bool> is_bounded;
   float mean_norm;
   float mean[MAX_INT8_DEPTH];
+};
+
+// The panels of a head's keys, packed once it is known that most of its tiles need them.
+class LatePanels {
+ public:
+  // Without memory for all of them, each tile packs block by block, as one does that needs them for a few rows.
+  PackedKeys of(const Arguments& a, int64_t batch, int64_t head, Factor* block) {
+#pragma omp critical(topk_late_panels)
+    if (!was_tried_) pack(a, batch, head);
+    return panels_ ? PackedKeys{panels_->as<Factor>(), norms_->as<float>(), nullptr} : PackedKeys{nullptr, nullptr, block};
+  }
+
+  void free() {
+    panels_.reset();
+    norms_.reset();
+    was_tried_ = false;
+  }
+
+ private:
+  void pack(const Arguments& a, int64_t batch, int64_t head) {
+    was_tried_ = true;
+    const int64_t blocks = rounded_up(a.keys, BLOCK) / BLOCK, size = BLOCK * factors_of(a.depth);
+    try {  // no exception may leave a parallel region
+      norms_.emplace(blocks * int64_t(sizeof(float)));
+      panels_.emplace(blocks * size * int64_t(sizeof(Factor)));
+    } catch (const std::bad_alloc&) {
+      return;
+    }
+    for (int64_t n = 0; n < blocks; n++)
+      norms_->as<float>()[n] = pack_keys(a, batch, head, n * BLOCK, std::min<int64_t>(BLOCK, a.keys - n * BLOCK),
+                                         panels_->as<Factor>() + n * size);
+  }
+
+  bool was_tried_ = false;
+  std::optional<Buffer> panels_, norms_;
 };
 
 // What a thread works with on a tile.
@@ -90,6 +128,7 @@ void prefill_screened(const Arguments& a) {
   const int64_t thread_bytes = rounded_up(int64_t(counter.used()) + tile_rows * row_bytes, 4096) + 64;
   const Buffer memory(a.threads * thread_bytes);
   RowCounts counts;
+  std::vector<LatePanels> late_panels(heads_at_once);
 
 #pragma omp parallel num_threads(int(a.threads))
   {
@@ -128,20 +167,23 @@ void prefill_screened(const Arguments& a) {
         const int64_t local = n % heads, which = head + local, first_row = (tiles - 1 - n / heads) * tile_rows;
         Tile tile{which / a.key_heads, which % a.key_heads, first_row, int(std::min(tile_rows, rows - first_row))};
         start(a, tile, work.plain);
+        PackedKeys keys{nullptr, nullptr, work.screen.block};
         if (head_facts[local].is_bounded.load(std::memory_order_relaxed) && counts.is_worth_trying()) {
-          const Int8Keys keys{all_panels + local * panels * quads * PANEL, facts + local * panels};
-          ScreenScan scan(a, tile, work.plain, work.screen, keys, survivor_limits);
+          const Int8Keys rounded_keys{all_panels + local * panels * quads * PANEL, facts + local * panels};
+          ScreenScan scan(a, tile, work.plain, work.screen, rounded_keys, survivor_limits);
           scan.run();
           tile.rows = finish_screened(a, tile, work, scan, counts);
           if (tile.rows == 0) continue;
         } else {
           counts.add(0, tile.rows, 0);
+          keys = late_panels[local].of(a, tile.batch, tile.key_head, work.screen.block);
         }
         pack_queries(a, tile, work.plain);
-        const PackedKeys keys{nullptr, nullptr, work.screen.block};
         TileScan(a, tile, work.plain, keys, limits).run();
         for (int r = 0; r < tile.rows; r++) finish(a, tile, work.plain.positions[r], work.plain.candidates[r], work.plain);
       }
+#pragma omp single
+      for (LatePanels& panels_of_head : late_panels) panels_of_head.free();
     }
   }
   if (a.screening_counts) counts.add_to(*a.screening_counts);
