@@ -119,7 +119,7 @@ def print_reports(reports: Mapping[K, Sequence[topk_fx.RewriteReport]], full: bo
 def merge_layers(report: topk_fx.RewriteReport) -> str:
     """The report with one row for all the sites that are alike but for a number in their module path."""
     alike = Counter(
-        dataclasses.replace(site, where=re.sub(r"\b\d+\b", "*", site.where), node="") for site in report.sites
+        dataclasses.replace(site, where=re.sub(r"\b\d+\b", "*", site.where), node="", number=0) for site in report.sites
     )
     rows = tuple(dataclasses.replace(site, where=f"{site.where} ({count} sites)") for site, count in alike.items())
     table = str(dataclasses.replace(report, sites=rows)).splitlines()[1:]

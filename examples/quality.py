@@ -43,8 +43,52 @@ class Predictions:
         return (self.log_probability - other.log_probability).abs().max().item()
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A measured value, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+BLOCK = 64
+"""Tokens that are drawn together: those near each other in a text are not independent."""
+
+DRAWS = 2000
+
+
+def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor], block: int = BLOCK) -> Interval:
+    """A statistic of the mean of values, with the interval of a bootstrap of blocks.
+
+    Args:
+        values: [..., windows, n]; blocks of neighbours are drawn anew, all leading axes alike.
+        statistic: from means [..., draws] to values [draws]; or, undrawn, from means [..., 1].
+    """
+    blocks = torch.stack([part.mean(-1) for part in values.double().split(block, -1)], -1).flatten(-2)
+    sizes = torch.tensor([part.size(-1) for part in values.split(block, -1)], dtype=torch.float64)
+    weights = sizes.repeat(values.size(-2))
+    chosen = torch.randint(weights.numel(), (DRAWS, weights.numel()), generator=torch.Generator().manual_seed(0))
+    drawn = (blocks[..., chosen] * weights[chosen]).sum(-1) / weights[chosen].sum(-1)
+    whole = (blocks * weights).sum(-1, keepdim=True) / weights.sum()
+    low, high = statistic(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(statistic(whole).item(), low, high)
+
+
+def perplexity_ratio(predictions: Predictions, dense: Predictions) -> Interval:
+    """Perplexity over that of another model on the same tokens."""
+    return bootstrap(dense.log_probability - predictions.log_probability, torch.exp)
+
+
+def _nothing() -> None:
+    pass
+
+
 @torch.no_grad()
-def predict(model: Callable[..., Any], windows: Tensor, progress: Callable[[], object]) -> Predictions:
+def predict(model: Callable[..., Any], windows: Tensor, progress: Callable[[], object] = _nothing) -> Predictions:
     """Runs a causal language model of transformers over windows [windows, length], one at a time."""
     log_probabilities, likeliest = [], []
     for window in windows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,19 @@ _INDEX_BYTES = _WEIGHT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one run of the pass over a graph and its child graphs remembers."""
+
+    validator: Validator | None
+    sites_at: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def number(self, where: str) -> tuple[str, int]:
+        """A path, and the number of the next site there."""
+        self.sites_at[where] += 1
+        return where, self.sites_at[where] - 1
+
+
+@dataclasses.dataclass(frozen=True)
 class TopKPass:
     """Rewrites attention and FFN sites of a GraphModule, in place, to top-k ops.
 
@@ -57,55 +71,51 @@ class TopKPass:
         """Rewrites `module` and its child graphs; a graph without a rewritten site is not touched."""
         sites: list[SiteReport] = []
         autocasts = autocasts_of_bodies(module)
-        validator = Validator() if self.config.validate else None
+        run = _Run(Validator() if self.config.validate else None)
         for child in _graph_modules(module):
-            reports = list(self._rewrite_graph(child.graph, autocasts.get(child, ()), validator))
+            reports = list(self._rewrite_graph(child.graph, autocasts.get(child, ()), run))
             if any(report.rewritten for report in reports):
                 child.graph.lint()
                 child.recompile()
             sites += reports
-        return RewriteReport(tuple(sites), graph_name, self.config.unmatched(site.where for site in sites))
+        return RewriteReport(tuple(sites), graph_name, self.config.unmatched((site.where, site.number) for site in sites))
 
-    def _rewrite_graph(
-        self, graph: fx.Graph, autocasts: Autocasts, validator: Validator | None
-    ) -> Iterator[SiteReport]:
+    def _rewrite_graph(self, graph: fx.Graph, autocasts: Autocasts, run: _Run) -> Iterator[SiteReport]:
         order = _positions(graph)
         for node in list(graph.nodes):
             # A site's inputs may be the output of one before, so each is found when those before are rewritten.
             if node not in order:
                 continue
             if can_open(node):
-                reports = list(self._rewrite_inside(node, autocasts, validator))
+                reports = list(self._rewrite_inside(node, autocasts, run))
             else:
-                reports = list(self._rewrite_node(node, order, validator))
+                reports = list(self._rewrite_node(node, order, run))
             if any(report.rewritten for report in reports):
                 order = _positions(graph)
             yield from reports
 
-    def _rewrite_node(self, node: fx.Node, order: Order, validator: Validator | None) -> Iterator[SiteReport]:
+    def _rewrite_node(self, node: fx.Node, order: Order, run: _Run) -> Iterator[SiteReport]:
         """The report on the candidate that a node anchors, if it does."""
         site = _find_or_refuse(node, order)
         if isinstance(site, Refusal):
-            yield self._rewrite_sharing(site, node, order, validator)
+            yield self._rewrite_sharing(site, node, order, run)
         elif isinstance(site, AttentionSite):
-            yield self._rewrite_attention(site, validator)
+            yield self._rewrite_attention(site, run)
         elif site is not None:
-            yield self._rewrite_ffn(site, validator)
+            yield self._rewrite_ffn(site, run)
 
-    def _rewrite_sharing(
-        self, refusal: Refusal, node: fx.Node, order: Order, validator: Validator | None
-    ) -> SiteReport:
+    def _rewrite_sharing(self, refusal: Refusal, node: fx.Node, order: Order, run: _Run) -> SiteReport:
         """The report on a refused candidate, which may be rewritten once it has scores of its own."""
         split = split_scores(node, order) if refusal.reason == "scores_used_elsewhere" else None
         if split is None:
             return _refused(refusal)
         site = _find_or_refuse(node, _positions(node.graph))
-        report = self._rewrite_attention(site, validator) if isinstance(site, AttentionSite) else _refused(refusal)
+        report = self._rewrite_attention(site, run) if isinstance(site, AttentionSite) else _refused(refusal)
         if not report.rewritten:
             split.undo()
         return report
 
-    def _rewrite_inside(self, call: fx.Node, autocasts: Autocasts, validator: Validator | None) -> Iterator[SiteReport]:
+    def _rewrite_inside(self, call: fx.Node, autocasts: Autocasts, run: _Run) -> Iterator[SiteReport]:
         """Opens a call that hides candidates, and closes it again if none of them is rewritten."""
         try:
             opened = open_call(call, autocasts)
@@ -116,7 +126,7 @@ class TopKPass:
         order = _positions(call.graph)
         for node in opened.nodes:
             if node in order:
-                reports += self._rewrite_node(node, order, validator)
+                reports += self._rewrite_node(node, order, run)
                 order = _positions(call.graph)
         if any(report.rewritten for report in reports):
             opened.commit()
@@ -127,21 +137,22 @@ class TopKPass:
                 detail = f"inside {call.name}: {report.detail}"
                 yield dataclasses.replace(report, node=call.name, detail=detail)
 
-    def _rewrite_attention(self, site: AttentionSite, validator: Validator | None) -> SiteReport:
-        where = module_path(site.anchor)
-        config = self.config.at(where)
-        facts = _attention_facts(site, config.k)
+    def _rewrite_attention(self, site: AttentionSite, run: _Run) -> SiteReport:
+        where, number = run.number(module_path(site.anchor))
+        config = self.config.at(where, number)
+        facts = {**_attention_facts(site, config.k), "number": number}
         pays = self.pays("attention", site.scores_shape, config.k, _device(site.output))
         refusal = _refuse_special_tensor(site.output) or judge_attention(site, config, pays)
         detail = ""
         if refusal is None:
-            refusal, detail = self._validate(site, where, validator)
+            refusal, detail = self._validate(site, where, run)
         if refusal is not None:
             return _refused(refusal, "attention", where, **facts)
         try:
             op = rewrite_attention(site, config.k, self.config.lowering or "")
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "attention", where, **facts)
+        op.meta["topk_fx_site"] = (where, number)
         facts["mask_bytes"] = _mask_bytes(op)
         name, why = self._lowering_of(op)
         detail = "; ".join(filter(None, (detail, why)))
@@ -166,33 +177,32 @@ class TopKPass:
             raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")
         return name, detail
 
-    def _rewrite_ffn(self, site: FFNSite, validator: Validator | None) -> SiteReport:
-        where = owner_path(site.products)
-        config = self.config.at(where)
-        facts = _ffn_facts(site, ffn_keep(config))
+    def _rewrite_ffn(self, site: FFNSite, run: _Run) -> SiteReport:
+        where, number = run.number(owner_path(site.products))
+        config = self.config.at(where, number)
+        facts = {**_ffn_facts(site, ffn_keep(config)), "number": number}
         hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size)
         pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
         refusal = _refuse_special_tensor(site.output) or judge_ffn(site, config, pays, self.config.lowering)
         detail = ""
         if refusal is None:
-            refusal, detail = self._validate(site, where, validator)
+            refusal, detail = self._validate(site, where, run)
         if refusal is not None:
             return _refused(refusal, "ffn", where, **facts)
         try:
             op = rewrite_ffn(site, ffn_keep(config), self.config.lowering or "")
         except EmitError as error:
             return _refused(Refusal("not_expressible", str(error), site.anchor), "ffn", where, **facts)
+        op.meta["topk_fx_site"] = (where, number)
         name, why = self._ffn_lowering_of(op)
         detail = "; ".join(filter(None, (detail, why)))
         return SiteReport("ffn", True, "", detail, where, op.name, k=str(ffn_keep(config)), lowering=name, **facts)
 
-    def _validate(
-        self, site: AttentionSite | FFNSite, where: str, validator: Validator | None
-    ) -> tuple[Refusal | None, str]:
+    def _validate(self, site: AttentionSite | FFNSite, where: str, run: _Run) -> tuple[Refusal | None, str]:
         """Why a site is not to be rewritten, if its op was seen to differ; and what the report says of it otherwise."""
-        if validator is None:
+        if run.validator is None:
             return None, ""
-        verdict = validator.check(site)
+        verdict = run.validator.check(site)
         if not verdict.failure:
             return None, f"validation_skipped: {verdict.skipped}" if verdict.skipped else ""
         if self.config.validate == "raise":

@@ -6,6 +6,7 @@ new, report = topk_fx.rewrite(program, k=64)
 
 from . import errors, lowering, ops, reference, testing, vmap  # noqa: F401  (importing them registers the ops)
 from .backend import clear_reports, reports
+from .calibration import calibrate
 from .config import TopKConfig
 from .explain import explain
 from .export import rewrite
@@ -19,6 +20,7 @@ __all__ = [
     "Site",
     "TopKConfig",
     "attention",
+    "calibrate",
     "clear_reports",
     "errors",
     "explain",

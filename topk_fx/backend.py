@@ -12,7 +12,7 @@ from torch import fx
 
 from . import lowering
 from .compat import compile_with, expand_mode
-from .config import TopKConfig, nearest
+from .config import TopKConfig, as_config, nearest
 from .errors import ConfigError, UnknownOptionError
 from .passes import TopKPass
 from .report import RewriteReport
@@ -36,7 +36,8 @@ def topk_backend(
         example_inputs: the graph's inputs.
         mode: a mode of Inductor's, such as "max-autotune"; torch.compile lets it stand only without options, so it is
             accepted as an option too.
-        options: fields of `TopKConfig`, `config` (a TopKConfig that they change), `mode`, and options of Inductor's.
+        options: fields of `TopKConfig`, `config` (a TopKConfig that they change, or the path of its JSON), `mode`, and
+            options of Inductor's.
 
     Raises:
         UnknownOptionError: an option that neither topk_fx nor Inductor knows.
@@ -75,10 +76,7 @@ def split_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[
         # Generic types and unions know no isinstance; torch.compile does not check them for its own backend either.
         if isinstance(kind, type) and not isinstance(rest[name], kind):
             raise ConfigError(f"{name}={rest[name]!r} is not accepted: Inductor takes a value of type {kind.__name__}")
-    if base is not None and not isinstance(base, TopKConfig):
-        raise ConfigError(f"config={base!r} is not accepted: give a topk_fx.TopKConfig")
-    config = TopKConfig.from_options(ours) if base is None else base.replace(**ours)
-    return config, {**(expand_mode(mode) if mode else {}), **rest}
+    return as_config(base, ours), {**(expand_mode(mode) if mode else {}), **rest}
 
 
 def reports() -> list[RewriteReport]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import json
 import numbers
+import os
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, Union, cast
 
 from .errors import ConfigError, UnknownOptionError
 
@@ -17,6 +20,9 @@ Keep = int | float | Literal["all"]
 
 FrozenSites = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 """Settings by glob as nested tuples, so that a config is hashable."""
+
+ConfigSource = Union["TopKConfig", str, os.PathLike[str]]
+"""A configuration, or the path of its JSON."""
 
 DEFAULT_K = 128
 DEFAULT_FFN_K = 0.25
@@ -86,7 +92,8 @@ class TopKConfig:
         when: "always" rewrites every site, "pays" only those where top-k is expected to take less time than dense.
             Default: "always" for attention if k is given, and for FFNs if ffn_k is; otherwise "pays".
         sites: settings for single sites, by glob on the module path: `{"model.layers.0.*": {"k": 256},
-            "*.cross_attn": False}`. False leaves the site dense. Of several globs that match, later ones win.
+            "*.cross_attn": False}`. False leaves the site dense. Of several globs that match, later ones win. One of
+            several sites at one path has its number, from 0 in graph order, behind it: `"layers.0#1"`.
         lowering: force one lowering ("aten", "cpu", "triton"); by default the best available is taken.
         inner: what compiles the rewritten graph: "inductor" (default), "aot_eager" or "eager" (for debugging).
         validate: True runs each site's op, at k = "all", beside the nodes that it would replace, on random inputs of
@@ -142,18 +149,53 @@ class TopKConfig:
             del kept["k"]
         return TopKConfig.from_options({**kept, **changes})
 
-    def unmatched(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """The globs of `sites` that match none of the module paths."""
-        known = list(paths)
-        globs = (pattern for pattern, _ in cast(FrozenSites, self.sites))
-        return tuple(glob for glob in globs if not any(fnmatch.fnmatchcase(path, glob) for path in known))
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The configuration as JSON, also written to `path` if it is given; `from_json` reads it back, equal."""
+        fields = {name: getattr(self, name) for name in self.option_names()}
+        if not self._k_given:
+            del fields["k"]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        fields = {name: value for name, value in fields.items() if name == "k" or value != defaults[name]}
+        if "sites" in fields:
+            fields["sites"] = {pattern: dict(items) for pattern, items in fields["sites"]}
+        text = json.dumps(fields, indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
 
-    def at(self, where: str) -> SiteConfig:
-        """The settings for the site in module `where`."""
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> TopKConfig:
+        """The configuration that `to_json` wrote: from the path of a file, or from its text, which begins with `{`.
+
+        Raises:
+            ConfigError: there is no such file, it holds no JSON object, or a value is not accepted.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        name = "the JSON text" if is_text else os.fspath(source)
+        try:
+            fields = json.loads(str(source) if is_text else Path(source).read_text())
+        except OSError as error:
+            raise ConfigError(f"config={name!r} is not accepted: {error.strerror}; give a TopKConfig's JSON") from error
+        except ValueError as error:
+            raise ConfigError(f"config: {name} is no JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"config: {name} holds a {type(fields).__name__}; give an object of a TopKConfig's fields"
+            )
+        return cls.from_options(fields)
+
+    def unmatched(self, sites: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+        """The globs of `sites` that match none of the sites, given as module path and number there."""
+        known = list(sites)
+        globs = (pattern for pattern, _ in cast(FrozenSites, self.sites))
+        return tuple(glob for glob in globs if not any(_matches(*site, glob) for site in known))
+
+    def at(self, where: str, number: int = 0) -> SiteConfig:
+        """The settings for the site in module `where`, the one of that number if there are several."""
         assert self.k is not None
         settings: dict[str, Any] = {}
         for pattern, items in cast(FrozenSites, self.sites):
-            if fnmatch.fnmatchcase(where, pattern):
+            if _matches(where, number, pattern):
                 settings.update(items)
         k = settings.get("k", self.k)
         ffn_k = settings.get("ffn_k", self.ffn_k)
@@ -166,6 +208,24 @@ class TopKConfig:
             ffn_when=when or ("always" if ffn_given else "pays"),
             enabled=settings.get("enabled", True),
         )
+
+
+def _matches(where: str, number: int, pattern: str) -> bool:
+    """Whether a glob means the site of that number at a module path."""
+    return fnmatch.fnmatchcase(where, pattern) or fnmatch.fnmatchcase(f"{where}#{number}", pattern)
+
+
+def as_config(config: object, options: Mapping[str, Any]) -> TopKConfig:
+    """The configuration that a caller gave, as an object, as the path of its JSON, or as its fields in `options`."""
+    if config is None:
+        return TopKConfig.from_options(options)
+    if isinstance(config, (str, os.PathLike)):
+        config = TopKConfig.from_json(config)
+    if not isinstance(config, TopKConfig):
+        raise ConfigError(
+            f"config={config!r} is not accepted: give a topk_fx.TopKConfig, the path of its JSON, or its fields by name"
+        )
+    return config.replace(**options)
 
 
 def _choice(name: str, value: object, accepted: tuple[str, ...], optional: bool = False, beside: str = "") -> None:

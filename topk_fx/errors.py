@@ -39,6 +39,10 @@ class ValidationError(TopKError, AssertionError):
     """Under `validate="raise"`, a rewrite whose op does not compute what the nodes that it would replace compute."""
 
 
+class CalibrationError(TopKError, ValueError):
+    """`calibrate` found no site to rewrite, or no k whose loss is within the budget."""
+
+
 class InternalErrorWarning(RuntimeWarning):
     """A fault of topk_fx in reading a graph: the candidate stays dense, with the reason `internal_error`."""
 

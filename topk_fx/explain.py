@@ -14,8 +14,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .compat import no_recompile_limit
-from .config import TopKConfig
-from .export import as_config, rewrite
+from .config import ConfigSource, as_config
+from .export import rewrite
 from .report import RewriteReport
 
 
@@ -23,7 +23,7 @@ def explain(
     model: Callable[..., Any] | fx.GraphModule | ExportedProgram,
     args: Sequence[Any] | torch.Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
-    config: TopKConfig | None = None,
+    config: ConfigSource | None = None,
     **options: Any,
 ) -> RewriteReport:
     """The report that `backend="topk"` would give, from tracing alone.
@@ -34,7 +34,7 @@ def explain(
         model: a module or function; or a GraphModule or ExportedProgram, which needs no arguments.
         args: positional arguments of the model; a single tensor is taken as the only one.
         kwargs: keyword arguments of the model.
-        config: a TopKConfig, or its fields as keyword arguments: `explain(model, args, k=64)`.
+        config: a TopKConfig or the path of its JSON, or its fields as keyword arguments: `explain(model, args, k=64)`.
 
     Raises:
         ConfigError: an option is not accepted.
@@ -43,15 +43,15 @@ def explain(
         return rewrite(model, config, **options)[1]
     if isinstance(model, ExportedProgram):
         return rewrite(model, config, **options)[1]
-    config = as_config(config, options)
+    settings = as_config(config, options)
     reports: list[RewriteReport] = []
 
     def record(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(rewrite(graph, config)[1])
+        reports.append(rewrite(graph, settings)[1])
         return graph.forward
 
     args = (args,) if isinstance(args, torch.Tensor) else args
-    with torch.random.fork_rng(), no_recompile_limit(), _kept_buffers(model):
+    with torch.random.fork_rng(), no_recompile_limit(), kept_buffers(model):
         torch.compile(model, backend=record)(*args, **(kwargs or {}))
     if not reports:
         return RewriteReport((), f"Dynamo captured no graph of {_name(model)} (torch._dynamo.explain tells why)")
@@ -60,7 +60,7 @@ def explain(
 
 
 @contextlib.contextmanager
-def _kept_buffers(model: object) -> Iterator[None]:
+def kept_buffers(model: object) -> Iterator[None]:
     """Gives a module's buffers back what they hold now: running a model may count batches and fill caches."""
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     before = [buffer.clone() for buffer in buffers]

@@ -11,31 +11,31 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from . import lowering
-from .config import TopKConfig
-from .errors import ConfigError, UnsupportedProgramError
+from .config import ConfigSource, as_config
+from .errors import UnsupportedProgramError
 from .passes import TopKPass
 from .report import RewriteReport
 
 Program = TypeVar("Program", fx.GraphModule, ExportedProgram)
 
 
-def rewrite(program: Program, config: TopKConfig | None = None, **options: Any) -> tuple[Program, RewriteReport]:
+def rewrite(program: Program, config: ConfigSource | None = None, **options: Any) -> tuple[Program, RewriteReport]:
     """A copy of a traced program in which attention and FFNs are top-k ops, and the report on each candidate.
 
     Parameters and buffers are shared with the program given, which is not changed.
 
     Args:
         program: a `torch.fx.GraphModule` (of symbolic_trace, Dynamo or make_fx) or a `torch.export.ExportedProgram`.
-        config: a TopKConfig, or its fields as keyword arguments: `rewrite(program, k=64)`.
+        config: a TopKConfig or the path of its JSON, or its fields as keyword arguments: `rewrite(program, k=64)`.
 
     Raises:
         UnsupportedProgramError: `program` is neither; trace it first.
         ConfigError: an option is not accepted.
     """
-    config = as_config(config, options)
-    chosen = lowering.choose(config)
+    settings = as_config(config, options)
+    chosen = lowering.choose(settings)
     pays = functools.partial(lowering.pays, lowering=chosen)
-    run = TopKPass(config, chosen, pays, lowering.lowering_of, lowering.ffn_lowering_of)
+    run = TopKPass(settings, chosen, pays, lowering.lowering_of, lowering.ffn_lowering_of)
     if isinstance(program, ExportedProgram):
         return _rewrite_exported(program, run)  # type: ignore[return-value]
     if isinstance(program, fx.GraphModule):
@@ -45,13 +45,6 @@ def rewrite(program: Program, config: TopKConfig | None = None, **options: Any) 
         f"program is a {type(program).__name__}; accepted: a torch.fx.GraphModule or a torch.export.ExportedProgram. "
         "A model is traced with torch.export.export(model, args), or compiled with torch.compile(model, backend='topk')"
     )
-
-
-def as_config(config: TopKConfig | None, options: dict[str, Any]) -> TopKConfig:
-    """The configuration that a caller gave, as an object or as its fields."""
-    if config is not None and not isinstance(config, TopKConfig):
-        raise ConfigError(f"config={config!r} is not accepted: give a topk_fx.TopKConfig, or its fields by name")
-    return TopKConfig.from_options(options) if config is None else config.replace(**options)
 
 
 def _rewrite_exported(program: ExportedProgram, run: TopKPass) -> tuple[ExportedProgram, RewriteReport]:

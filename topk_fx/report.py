@@ -17,6 +17,8 @@ class Site:
         reason: why not, as a snake_case code; "" if rewritten.
         detail: a sentence for the model's owner.
         where: the module path, such as "model.layers.0.self_attn"; "" if tracing recorded none.
+        number: which of the attention and FFN sites at that path it is, from 0 in graph order; `sites=` knows it as
+            "model.layers.0#1". 0 for what is no site.
         node: the name of the graph's node that the candidate was found by.
         shapes: sizes by name, as text: {"query": "[2, 8, 1024, 64]", ...}; empty if tracing recorded none.
         k: keys kept per query or units kept per token, as text; "" if not rewritten.
@@ -38,6 +40,7 @@ class Site:
     dense_bytes: int | None = None
     topk_bytes: int | None = None
     mask_bytes: int | None = None
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

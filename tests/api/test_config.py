@@ -201,3 +201,10 @@ def test_replace_keeps_what_was_not_given():
 def test_replace_refuses_unknown_names():
     with pytest.raises(UnknownOptionError, match="Did you mean 'lowering'"):
         TopKConfig().replace(lowring="aten")
+
+
+def test_one_of_several_sites_at_a_path_is_named_by_its_number():
+    config = TopKConfig(k=1, sites={"a": {"k": 2}, "a#1": {"k": 3}, "*#2": False})
+    assert [config.at("a", number).k for number in (0, 1, 2)] == [2, 3, 2]
+    assert [config.at("b", number).enabled for number in (1, 2)] == [True, False]
+    assert config.at("a#1").k == 3  # a module that is called so
