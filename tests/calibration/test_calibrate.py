@@ -183,6 +183,27 @@ def test_several_sites_at_one_path_are_told_apart() -> None:
     assert len(set(ks)) > 1, "sites at one path have settings of their own"
 
 
+def test_what_is_not_asked_for_stays_dense_beside_what_is() -> None:
+    """An attention and a ReLU FFN in one module: without `ffn` its units are all kept."""
+
+    class Mixed(Attention):
+        def __init__(self, sharpness: float) -> None:
+            super().__init__(sharpness)
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + super().forward(x)
+            return self.down(torch.relu(self.up(x)))
+
+    model, batches = Model(), texts(1, 24)
+    model.layers = nn.ModuleList([Mixed(1.0), Mixed(9.0)])
+    config = topk_fx.calibrate(model, batches, budget=0.05, verbose=False)
+    assert [name for name, _ in config.sites] == ["*", "layers.0#0", "layers.1#0"]
+    loss_under(model, batches, "kl", config=config)
+    assert [site.kind for site in topk_fx.reports()[-1].rewritten] == ["attention"] * 2
+    assert len(topk_fx.reports()[-1].left_dense) == 2
+
+
 def test_names_with_the_signs_of_globs_are_matched_as_they_are() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

@@ -38,7 +38,7 @@ def measured(model: Callable[..., Any], *inputs: Tensor, kind: str = "attention"
     """The output of the measuring graph, and the statistics of the one site."""
     found: dict[SiteKey, SiteStatistics] = {}
     trace = DynamoTrace(model, inputs)
-    output = trace.callable(measure_graph(trace.program, topk_fx.TopKConfig(k="all"), (kind,), found))(*inputs)
+    output = trace.callable(measure_graph(trace.program, topk_fx.TopKConfig(k="all"), (kind,), found, set()))(*inputs)
     (site,) = found.values()
     return output, site
 

@@ -116,6 +116,7 @@ class _Calibration:
         self.confidence, self.base, self.verbose = confidence, base, verbose
         self.dense_outputs: dict[int, Any] = {}
         self.sites: dict[SiteKey, SiteStatistics] = {}
+        self.shared_paths: set[str] = set()
         self.losses: dict[Assignment, Loss] = {}
 
     def calibrate(self, kinds: Sequence[str], probed: Sequence[int]) -> TopKConfig:
@@ -143,12 +144,14 @@ class _Calibration:
 
     def names(self) -> dict[SiteKey, str]:
         """What `sites=` knows each site by: its path, with its number where others have the same."""
-        numbered = {key.where for key in self.sites if key.number > 0 or not key.where}
+        numbered = {*self.shared_paths, ""}
         return {key: f"{key.where}#{key.number}" if key.where in numbered else key.where for key in self.sites}
 
     def _measure_sites(self, kinds: Sequence[str], probed: Sequence[int]) -> None:
         dense = self.base.replace(k="all", when="always")
-        measure: Variant = functools.partial(measure_graph, config=dense, kinds=kinds, found=self.sites)
+        measure: Variant = functools.partial(
+            measure_graph, config=dense, kinds=kinds, found=self.sites, shared_paths=self.shared_paths
+        )
         with progress("statistics of the dense model", len(probed), self.verbose) as advance:
             for index in probed:
                 self.traced.run(self.batches[index], measure)

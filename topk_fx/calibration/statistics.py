@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -124,10 +125,18 @@ _GRID = tuple(2**n for n in range(MOST.bit_length()))
 
 
 def measure_graph(
-    graph: fx.GraphModule, config: TopKConfig, kinds: Sequence[str], found: dict[SiteKey, SiteStatistics]
+    graph: fx.GraphModule,
+    config: TopKConfig,
+    kinds: Sequence[str],
+    found: dict[SiteKey, SiteStatistics],
+    shared_paths: set[str],
 ) -> Callable[..., Any]:
-    """A copy of a graph that computes what it does and adds to the statistics of its sites; new ones are put in."""
-    module, _ = rewrite(graph, config)
+    """A copy of a graph that computes what it does and adds to the statistics of its sites.
+
+    New sites are put into `found`, and paths with more than one candidate, of any kind, into `shared_paths`.
+    """
+    module, report = rewrite(graph, config)
+    shared_paths |= {where for where, count in Counter(site.where for site in report).items() if count > 1}
     for child in [child for child in module.modules() if isinstance(child, fx.GraphModule)]:
         nodes = [node for node in child.graph.nodes if "topk_fx_site" in node.meta and node.target in _MEASURES]
         for number, node in enumerate(nodes):
