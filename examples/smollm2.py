@@ -59,3 +59,11 @@ def text_windows(tokens: Tensor, count: int, length: int) -> Tensor:
         raise SystemExit(f"The text has {len(tokens):,} tokens: too few for {count:,} windows of {length:,}.")
     starts = [(len(tokens) - length) * window // max(count - 1, 1) for window in range(count)]
     return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def text_split(tokens: Tensor, calibration: int, held_out: int, length: int) -> tuple[Tensor, Tensor]:
+    """Windows [count, length] to calibrate on and windows to check it on, in turns over the same text."""
+    windows = text_windows(tokens, calibration + held_out, length)
+    is_held_out = torch.zeros(len(windows), dtype=torch.bool)
+    is_held_out[torch.linspace(1, len(windows) - 1, held_out).round().long()] = True
+    return windows[~is_held_out], windows[is_held_out]
