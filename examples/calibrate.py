@@ -1,6 +1,6 @@
 """topk_fx.calibrate on SmolLM2-135M: a k for each layer by the loss of perplexity, checked on text it never saw.
 
-    python examples/calibrate.py                          some ten minutes on two cores
+    python examples/calibrate.py                          some ten minutes on two quiet cores
     python examples/calibrate.py --budget 0.01 --ffn      less loss, hidden units too
 
 Saves the configuration, prints the table of sites, and compares on other windows of the text: the dense model, the

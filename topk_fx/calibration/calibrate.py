@@ -31,10 +31,11 @@ DENSE_OUTPUT_BYTES = 2**31
 PROBED_ERROR = 0.03
 """A site is tried alone at the k at which its own output is this far off: enough to show, and near where it ends.
 
-For SmolLM2, KL and squared error fall together within 1.5x from k = 16 to 512 at every site but the first layer's.
+From k = 16 to 512, KL over squared error changed by 2x at most at the 19 of 30 sites of SmolLM2 where it was measured
+(one text of 1,024 tokens).
 """
 
-STEPS_OF_K = 4
+STEPS_OF_K = 8
 """Values of k that are considered between one power of two and the next."""
 
 STEPS_OF_UNIFORM_K = 16
