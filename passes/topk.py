@@ -78,7 +78,9 @@ class TopKPass:
                 child.graph.lint()
                 child.recompile()
             sites += reports
-        return RewriteReport(tuple(sites), graph_name, self.config.unmatched((site.where, site.number) for site in sites))
+        return RewriteReport(
+            tuple(sites), graph_name, self.config.unmatched((site.where, site.number) for site in sites)
+        )
 
     def _rewrite_graph(self, graph: fx.Graph, autocasts: Autocasts, run: _Run) -> Iterator[SiteReport]:
         order = _positions(graph)
