@@ -36,6 +36,7 @@ class Writer:
         self.conditions: list[tuple[str, str]] = []
         self.names = 0
         self.softmaxes = 0
+        self.unshifted = False
         self.has_huge = False
         self.returned: list[str] = []
         self.dtype = self.coarsest = self.choose(*[torch.float64] * 12, *_ORDER[1:])
@@ -77,7 +78,7 @@ class Writer:
             lines.append(f"return {', '.join(self.returned)}")
         return Program(
             tuple(self.inputs.values()), tuple(self.lines), tuple(self.reference), dict(self.sizes), self.dtype,
-            self.coarsest, self.tracer, self.dynamic, special, self.softmaxes,
+            self.coarsest, self.tracer, self.dynamic, special, self.softmaxes, self.unshifted,
         )  # fmt: skip
 
     # Axes.
@@ -518,10 +519,12 @@ class Writer:
         text = self.choose(*spellings)
         reference = f"{weights} = keeping.softmax({scores}, {dim})"
         self.softmaxes += "oftm" in text or text.startswith("safe")
+        self.unshifted |= text.startswith(f"{scores}.exp()")
         if text.startswith("safe"):
             text = self.choose(f"torch._safe_softmax({scores}, {dim})", f"aten._safe_softmax.default({scores}, {dim})")
             reference = f"{weights} = keeping.softmax({scores}, {dim}, empty_row=0.0)"
         elif text.startswith("exp "):
+            self.unshifted = True
             exp = self.bind("e", f"{scores}.exp()")
             text = self.choose(f"{exp} / {exp}.sum({dim}, keepdim=True)", f"{exp} / torch.sum({exp}, dim={dim}, keepdim=True)",
                                f"{exp}.div({exp}.sum({dim}, True))", f"{exp} * (1 / {exp}.sum({dim}, keepdim=True))",
