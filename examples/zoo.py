@@ -34,8 +34,10 @@ RESULTS = Path(__file__).parent / "results" / "zoo.md"
 TOLERANCE = 1e-4
 """The largest difference that counts as rounding, as a share of the largest magnitude of a tensor (at least 1)."""
 
-NOT_ATTENTION = {"not_attention", "softmax_not_over_keys", "product_not_over_keys", "value_is_vector"}
-"""Reasons of a softmax that is none of attention, which is rightly left: routers, pooling, classifiers."""
+NOT_ATTENTION = {
+    "not_attention", "softmax_not_over_keys", "product_not_over_keys", "value_is_vector", "result_unused",
+}  # fmt: skip
+"""Reasons of a softmax that is none of attention, which is rightly left: routers, pooling, classifiers, dead code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +182,18 @@ def _summary(by_name: dict[str, list[Result]]) -> list[str]:
     def count(fits: Any) -> int:
         return sum(any(r.ran or r.problem == "crashed" for r in rs) and fits(rs) for rs in by_name.values())
 
-    def sites(rs: list[Result]) -> list[topk_fx.Site]:
-        return [site for r in rs for site in r.of_kind("attention")]
+    def sites(rs: list[Result], kind: str = "attention") -> list[topk_fx.Site]:
+        return [site for r in rs for site in r.of_kind(kind)]
 
-    with_attention = count(lambda rs: bool(sites(rs)))
-    whole = count(lambda rs: bool(sites(rs)) and all(site.rewritten for site in sites(rs)))
+    def has(kind: str) -> int:
+        return count(lambda rs: bool(sites(rs, kind)))
+
+    def whole(kind: str, *expected: str) -> int:
+        """How many have all sites of a kind rewritten, or left for an expected reason."""
+        return count(
+            lambda rs: bool(sites(rs, kind)) and all(x.rewritten or x.reason in expected for x in sites(rs, kind))
+        )
+
     masks = count(lambda rs: any(site.mask_bytes for site in sites(rs)))
     found = [site for rs in by_name.values() for site in sites(rs)]
     attentions = sorted({r.attention for rs in by_name.values() for r in rs})
@@ -200,8 +209,10 @@ def _summary(by_name: dict[str, list[Result]]) -> list[str]:
         f"| in transformers with a model class | {len(tiny_models.architectures())} |",
         f"| tried in this run | {len(by_name)} |",
         f"| built and run | {count(lambda rs: True)} |",
-        f"| with softmax attention | {with_attention} |",
-        f"| all of their attention rewritten | {whole} |",
+        f"| with softmax attention | {has('attention')} |",
+        f"| all of their attention rewritten | {whole('attention')} |",
+        f"| with FFNs | {has('ffn')} |",
+        f"| all of their FFNs rewritten, but for those of experts | {whole('ffn', 'moe_experts')} |",
         f"| outputs that differ from dense by more than {TOLERANCE:.0e} | {count(lambda rs: _has(rs, 'wrong'))} |",
         f"| crashes that dense does not have | {count(lambda rs: _has(rs, 'crashed'))} |",
         f"| a mask or bias of queries x keys left | {masks} |",
