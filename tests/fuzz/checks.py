@@ -148,9 +148,12 @@ def compare(
                 # Masked keys add 0 times infinity to the gradients of the original, and nothing to those of an op that
                 # never keeps them.
                 gradients = tuple(torch.where(y.isnan(), y, x) for x, y in zip(gradients, given, strict=True))
-            elif program.unshifted:
-                # Where one exponential of a row is infinite, the others are 0 in the original, and the op's row is NaN.
-                gradients = tuple(torch.where(x.isnan(), y, x) for x, y in zip(gradients, given, strict=True))
+            else:
+                # Of a row of NaN, the op has gradients of NaN for the keys that it keeps, masked ones not among them. The
+                # original has NaN for all; or for one alone, if an exponential without a shift is infinite.
+                pairs = list(zip(gradients, given, strict=True))
+                gradients = tuple(torch.where(x.isnan() | y.isnan(), torch.nan, x) for x, y in pairs)
+                given = tuple(torch.where(x.isnan() | y.isnan(), torch.nan, y) for x, y in pairs)
             try:
                 _near(gradients, given, EXACT_TOLERANCE, "gradient")
             except AssertionError:

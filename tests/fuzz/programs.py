@@ -50,7 +50,6 @@ class Program:
         dynamic: whether queries, keys and batch have symbolic sizes.
         special: an input and a number, infinite or NaN, that its first element becomes.
         softmaxes: how many calls of a softmax or of SDPA there are.
-        unshifted: whether there is an exponential of scores as they are, which may overflow.
     """
 
     inputs: tuple[Input, ...]
@@ -63,7 +62,6 @@ class Program:
     dynamic: bool
     special: tuple[str, float] | None
     softmaxes: int
-    unshifted: bool
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{x.name}: {x.kind}{[self.sizes[a] for a in x.axes]}" for x in self.inputs)
