@@ -83,9 +83,10 @@ class Layout:
     rank: int | None = None
 
     def then(self, move: Permute | View) -> Layout:
-        assert self.rank is not None
-        i, j = (axis % self.rank for axis in self.axes)
+        """The path with one more move, which tells the rank if nothing before did."""
+        before = len(move.dims) if isinstance(move, Permute) else len(move.before)
         rank = len(move.dims) if isinstance(move, Permute) else len(move.after)
+        i, j = (axis % before for axis in self.axes)
         return Layout((*self.moves, move), (move.move_axis(i), move.move_axis(j)), rank)
 
     def inverse(self, axes: tuple[int, int]) -> Layout:

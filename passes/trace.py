@@ -44,8 +44,7 @@ def move_of(call: Call, layout: Layout) -> Permute | View:
     if isinstance(move, Permute):
         return move
     before, after = move
-    assert layout.rank is not None
-    query_axis, key_axis = (axis % layout.rank for axis in layout.axes)
+    query_axis, key_axis = (axis % len(before) for axis in layout.axes)
     return View.between(before, after, (query_axis, key_axis))
 
 

@@ -212,3 +212,16 @@ def test_symbolic_sizes_of_a_product_of_scores_are_compared() -> None:
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
     (report,) = topk_fx.reports()
     assert [site.reason for site in report] == ["product_not_over_keys"]
+
+
+def test_permuted_probabilities_of_unknown_rank_are_refused() -> None:
+    """To symbolic_trace, the permute after the softmax is the first that tells how many axes the scores have."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = F.softmax(q @ k.permute(0, 1, 3, 2), dim=-1)
+        return weights.permute(0, 2, 3, 1).permute(0, 3, 1, 2) @ v
+
+    rewritten, report = topk_fx.rewrite(fx.symbolic_trace(model), k="all")
+    assert [(site.reason, site.detail[:11]) for site in report] == [("not_expressible", "the rank of")]
+    inputs = drawn((3, 3, 3, 3), (3, 1, 5, 3), (3, 3, 5, 3))
+    torch.testing.assert_close(rewritten(*inputs), model(*inputs), rtol=0, atol=0)
