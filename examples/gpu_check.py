@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import topk_fx  # noqa: F401  (registers the ops)
 
 ROOT = Path(__file__).parents[1]
-TOPK, FLASH, CUDNN, FLEX, ATEN = "topk_fx", "flash", "cuDNN", "FlexAttention", "chunked ATen"
+TOPK, FLASH, CUDNN, FLEX, ATEN, DENSE = "topk_fx", "flash", "cuDNN", "FlexAttention", "chunked ATen", "dense"
 LONGEST_OF_ATEN = 4096
 ROUNDS = 5
 
@@ -117,7 +117,7 @@ class Row:
 
 
 def run_benchmarks(folder: Path) -> bool:
-    """bfloat16, 32 heads, D 128, causal. "x1.50": the rival takes half as long again."""
+    """bfloat16, 32 heads, D 128, causal; FFNs are SwiGLU 4096 -> 14336. "x1.50": the rival takes half as long again."""
     print("\nBenchmarks: bfloat16, 32 heads, D 128; decoding without, the others with a causal mask", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"gpu_{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
@@ -135,6 +135,9 @@ def run_benchmarks(folder: Path) -> bool:
                 add(decode(length, 64, batch, key_heads))
     for k in (32, 128, 256):
         add(decode(65536, k, 1, 8))
+    for tokens in (1, 4, 16):
+        for by_columns in (False, True):
+            add(ffn(tokens, by_columns))
     for length in (1024, 4096, 16384, 65536, 131072):
         add(forward(length, 64))
     for k in (32, 128, 256):
@@ -182,6 +185,27 @@ def decode(length: int, k: int, batch: int, key_heads: int) -> Row:
     graphs = {name: _as_graph(functools.partial(_no_grad, f)) for name, f in rivals.items()}
     detail = f"B {batch}, {key_heads} of K"
     return _measure("decode", length, k, detail, {name: graph.replay for name, graph in graphs.items()}, repeat=20)
+
+
+def ffn(tokens: int, by_columns: bool) -> Row:
+    """A tenth of the units kept; the down weight as `nn.Linear` has it, or by columns."""
+    model, units = 4096, 14336
+    x, up, gate = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((tokens, model), *[(units, model)] * 2)
+    )
+    down = torch.randn(units, model, device="cuda", dtype=torch.bfloat16).T
+    down = down if by_columns else down.contiguous()
+
+    def topk(lowering: str) -> Tensor:
+        return torch.ops.topk_fx.ffn(x, up, None, gate, None, down, None, "silu", units // 10, lowering=lowering)
+
+    rivals: dict[str, Callable[[], Tensor]] = {
+        TOPK: lambda: topk("triton"),
+        DENSE: lambda: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
+    }
+    graphs = {name: _as_graph(functools.partial(_no_grad, f)) for name, f in rivals.items()}
+    calls = {name: graph.replay for name, graph in graphs.items()}
+    return _measure("FFN", tokens, units // 10, "by columns" if by_columns else "by rows", calls, repeat=20)
 
 
 def _inputs(batch: int, heads: int, key_heads: int, queries: int, keys: int) -> list[Tensor]:

@@ -31,6 +31,11 @@ FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 128, torch.float16: 128}
 which convert weights of 16 bits first. Measured, SwiGLU 2048 -> 8192, a tenth kept, time of C++ / ATen: float32 .59 at
 8 tokens, .89 at 16, 1.2 at 32; bfloat16 .09 at 8, .46 at 64, .65 at 128."""
 
+FEW_TOKENS_OF_TRITON = 16
+"""Of one tile of the Triton FFN, so that each weight is read once. Not measured on a GPU."""
+
+_LANGUAGE = {"cpu": "C++", "triton": "Triton"}
+
 MANY_TOKENS = 128
 """From so many tokens on, a sparse backward of an FFN can take less time than ATen's dense products, which by far fewer
 are lost among the gradients of all weights."""
@@ -85,8 +90,6 @@ def lowering_to_run(chosen: str, arguments: Sequence[Any]) -> tuple[str, str]:
 def ffn_lowering_of(chosen: str, arguments: Sequence[Any], kept_in_backward: int | None = None) -> tuple[str, str]:
     """What will compute `topk_fx::ffn` with these arguments, of which tensors may be fake, and why none better.
 
-    There are no Triton kernels of FFNs: ATen takes their place, and the report says so.
-
     Args:
         kept_in_backward: asks for the backward, of an FFN that keeps so many units.
     """
@@ -94,21 +97,20 @@ def ffn_lowering_of(chosen: str, arguments: Sequence[Any], kept_in_backward: int
     name = chosen or BEST.get(input.device.type, "aten")
     if name == "aten":
         return "aten", ""
-    if name == "triton":
-        return "aten", "there are no Triton kernels of FFNs"
-    if why := cpu.ffn_why_not(input, up_weight):
+    if why := (cpu if name == "cpu" else triton).ffn_why_not(input, up_weight):
         return "aten", why
     if chosen:
         return name, ""
-    if kept_in_backward is not None:
+    if name == "cpu" and kept_in_backward is not None:
         is_sparse = kept_in_backward * KEPT_SHARE_OF_BACKWARD[input.dtype] <= up_weight.size(0)
         return ("cpu" if is_sparse and input.size(0) >= MANY_TOKENS else "aten"), ""
-    tokens, most = math.prod(input.shape[:-1]), FEW_TOKENS[input.dtype]
+    most = FEW_TOKENS[input.dtype] if name == "cpu" else FEW_TOKENS_OF_TRITON
+    tokens = math.prod(input.shape[:-1])
     if not isinstance(tokens, int):
-        return "cpu", f"for up to {most} tokens; ATen computes more"
+        return name, f"for up to {most} tokens; ATen computes more"
     if tokens > most:
-        return "aten", f"{tokens} tokens: chunks of ATen calls take less time than C++ above {most}"
-    return "cpu", ""
+        return "aten", f"{tokens} tokens: chunks of ATen calls take less time than {_LANGUAGE[name]} above {most}"
+    return name, ""
 
 
 def why_not(

@@ -145,6 +145,6 @@ def _choose(
 
 def _choose_ffn(lowering: str, input: Tensor, up_weight: Tensor | None, kept_in_backward: int | None = None) -> Any:
     name, why = ffn_lowering_of(lowering, (input, up_weight), kept_in_backward)
-    if lowering == "cpu" != name:
+    if lowering not in ("", name):
         raise LoweringUnavailableError(f"lowering={lowering!r} cannot run: {why}")
     return _LOWERINGS[name]

@@ -39,8 +39,8 @@ def judge_ffn(site: FFNSite, config: SiteConfig, pays: bool, lowering: str | Non
         return Refusal("k_covers_all_units", f"ffn_k={keep} keeps all {hidden_size} units", site.output)
     if config.ffn_when == "pays" and not pays:
         return Refusal("dense_is_faster", "give ffn_k or when='always' to rewrite it", site.output)
-    if site.up is None and lowering == "cpu":
-        detail = "the C++ kernel starts at an up projection, which is the down projection of another FFN here"
+    if site.up is None and lowering in ("cpu", "triton"):
+        detail = "the kernels start at an up projection, which is the down projection of another FFN here"
         return Refusal("layer_in_two_ffns", detail, site.output)
     return None
 

@@ -175,7 +175,7 @@ class TopKPass:
         if self.ffn_lowering_of is None or arguments[0] is None or (op.args[1] is not None and arguments[1] is None):
             return self.lowering or "by what its tensors are", ""
         name, detail = self.ffn_lowering_of(self.lowering, arguments)
-        if self.config.lowering == "cpu" != name:
+        if self.config.lowering not in (None, name):
             raise LoweringUnavailableError(f"lowering={self.config.lowering!r} cannot run: {detail}")
         return name, detail
 

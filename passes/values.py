@@ -134,7 +134,7 @@ def is_scalar(value: Any) -> bool:
         source = value.args[0]
         return isinstance(source, fx.Node) and (
             (source.op == "call_method" and source.target == "size" and len(source.args) == 1)
-            or (source.target is getattr and source.args[1] == "shape")
+            or (source.target is getattr and source.args[1:2] == ("shape",))
         )
     return False
 

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 from collections.abc import Callable
 
+import numpy
 import torch
 from topk_fx.lowering import aten, triton
+from topk_fx.lowering.triton import availability
 from torch import Tensor
 
 INF = math.inf
 CAUSAL_WINDOW = "keep(and(le(j, i), gt(j, sub(i, 9))), -inf)"
+
+
+def why_not_interpreted() -> str:
+    """Why Triton's interpreter cannot run the kernels here, or ""."""
+    if not availability.is_interpreted():
+        return "TRITON_INTERPRET is not 1"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(map(int, version.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of triton {version} needs numpy < 2.4"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

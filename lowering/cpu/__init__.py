@@ -1,8 +1,7 @@
 """The lowering for processors: C++ kernels, compiled on first use."""
 
 from .attention import attention_backward, attention_forward, prepare, why_not
-from .ffn import ffn_forward, ffn_why_not
-from .ffn_backward import ffn_backward
+from .ffn import ffn_backward, ffn_forward, ffn_why_not
 
 __all__ = [
     "attention_backward",

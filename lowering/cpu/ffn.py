@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..aten import sparse_ffn_backward
 from . import build
 from .score_code import ELEMENT_TYPES
+from .sparse import CppProducts
 
 ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu", "sigmoid")
 """In the order of `Activation` in activations.h."""
@@ -93,6 +95,11 @@ def ffn_forward(
     if _kernel(ELEMENT_TYPES[input.dtype], build.current_instruction_set())(ctypes.byref(arguments)):
         raise MemoryError("not enough memory for the hidden units of a top-k FFN")
     return output, indices, up_kept, gate_kept
+
+
+def ffn_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, from and as `aten.ffn_backward`."""
+    return sparse_ffn_backward(*arguments, sparse_products=CppProducts)
 
 
 def with_dense_rows_or_columns(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from topk_fx.lowering import triton as lowering
+from topk_fx.lowering.triton import ffn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -71,6 +72,8 @@ def main(name: str) -> None:
     launch(torch.float32, 64, "")
     launch(torch.bfloat16, 64, "keep(and(le(j, i), $0), -inf)", [torch.ones(1, 1, 1, 1024, dtype=torch.bool)])
     launch(torch.bfloat16, 128, "div(50.0) tanh mul(50.0)", queries=1)
+    launch_ffn(torch.bfloat16, ffn.MOST_UNITS, "silu")
+    launch_ffn(torch.float32, 8192, "gelu")
 
 
 def launch(dtype: torch.dtype, depth: int, score: str, operands: Any = (), queries: int = 1024) -> None:
@@ -82,6 +85,16 @@ def launch(dtype: torch.dtype, depth: int, score: str, operands: Any = (), queri
     output, indices, weights = lowering.attention_forward(*inputs, 64, None, 0.0, False)
     needs_grad = [False] * len(operands)
     lowering.attention_backward(output, *inputs, indices.zero_(), weights, 0.0, needs_grad)
+
+
+def launch_ffn(dtype: torch.dtype, units: int, activation: str) -> None:
+    """What a forward of few tokens and its backward launch, with the most registers that a selection takes."""
+    input, up, gate, down = (
+        torch.zeros(shape, dtype=dtype) for shape in ((3, 64), (units, 64), (units, 64), (64, units))
+    )
+    output, *kept = lowering.ffn_forward(input, up, None, gate, None, down, activation, 64, None, 0.0)
+    kept[0].zero_()
+    lowering.ffn_backward(output, input, up, gate, down, *kept, None, activation, 0.0)
 
 
 def facts_of_cuda(kernel: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 os.environ.pop("LD_PRELOAD", None)  # which is for this process, not for the compiler that it runs
 
 import torch
-from cpu_checks import DTYPES, INF, LOWEST, NAN, check_attention, check_ffn, ffn_arguments, normal
 from inputs import LAYOUTS, attention_inputs
+from kernel_checks import DTYPES, INF, LOWEST, NAN, check_attention, check_ffn, ffn_arguments, normal
 from topk_fx.lowering import cpu
 from topk_fx.lowering.cpu import build
 from torch import Tensor

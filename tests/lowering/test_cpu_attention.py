@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_checks import DTYPES, INF, LOWEST, NAN
-from cpu_checks import check_attention as check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, assert_near, attention_inputs, integers
+from kernel_checks import DTYPES, INF, LOWEST, NAN
+from kernel_checks import check_attention as check
 from topk_fx.lowering import aten, cpu
 from topk_fx.lowering.cpu import build
 from topk_fx.lowering.cpu.score_code import NoCodeError, OperandKind, source_of

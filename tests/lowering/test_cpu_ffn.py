@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_checks import DTYPES, INF, NAN, hidden_units, normal
-from cpu_checks import check_ffn as check
-from cpu_checks import ffn_arguments as forward_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, assert_near, double, integers
+from kernel_checks import DTYPES, INF, NAN, hidden_units, normal
+from kernel_checks import check_ffn as check
+from kernel_checks import ffn_arguments as forward_args
 from topk_fx.lowering import aten, cpu
 from topk_fx.lowering.cpu import build, ffn
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
-import numpy
 import pytest
 import torch
 from topk_fx.lowering import triton
@@ -18,25 +15,12 @@ from topk_fx.lowering.triton.score_code import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_cases import CASES, check
+from triton_cases import CASES, check, why_not_interpreted
 
 import topk_fx
 from topk_fx import lowering
 from topk_fx.errors import LoweringUnavailableError
 from topk_fx.score import Score
-
-
-def why_not_interpreted() -> str:
-    if not availability.is_interpreted():
-        return "TRITON_INTERPRET is not 1"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "triton is not installed"
-    if tuple(map(int, version.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        return f"the interpreter of triton {version} needs numpy < 2.4"
-    return ""
-
 
 needs_interpreter = pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
 

@@ -12,10 +12,10 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("compile_triton.py")
 SHARED_MEMORY = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
-MULTIPLY = {"group_maxima", "mark", "recollect", "row_scores"}
+MULTIPLY = {"group_maxima", "mark", "recollect", "row_scores", "hidden_units"}
 PIPELINED = MULTIPLY - {"recollect"}
 KERNELS = MULTIPLY | {"thresholds", "list_marked", "attend", "attend_to_scores", "gradients"}
-KERNELS |= {"dot_products", "weighted_sum", "scatter_rows"}
+KERNELS |= {"dot_products", "weighted_sum", "scatter_rows", "select_units", "project_down"}
 
 INNERMOST = {"group_maxima": 170, "mark": 420}
 """Of the first kernel of that name (bfloat16, D 128, causal) on sm_90, where a warp has 2,048 scores of a tile."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from topk_fx.lowering import triton
+from topk_fx.lowering import aten, triton
 from topk_fx.lowering.triton.availability import is_interpreted
 from torch import nn
-from triton_cases import CASES, check, inputs_of
+from triton_cases import CASES, assert_near, check, inputs_of
 
 import topk_fx
 
@@ -81,6 +81,32 @@ def test_compiled_model_trains_as_the_dense_one_with_every_key(mode, dtype):
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() / b.norm() < tolerance
     assert [site.lowering for site in topk_fx.reports()[-1].sites] == ["triton"]
+
+
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "units"), [(1, 32768), (16, 5000), (33, 130)])
+def test_ffn_agrees_with_float64(tokens, units, dtype, by_columns):
+    """Small integers, whose hidden units are exact and many of them equal."""
+    x, up, gate = (
+        torch.randint(-3, 4, shape, device="cuda").to(dtype) for shape in ((tokens, 200), (units, 200), (units, 200))
+    )
+    down = torch.randn(units, 77, device="cuda").to(dtype).T
+    down = down if by_columns else down.contiguous()
+    arguments = (x, up, None, gate, None, down, "relu", units // 10, None, 0.0)
+    output, indices, *pre_activations = triton.ffn_forward(*arguments)
+    exact = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+    expected, expected_indices, *_ = aten.ffn_forward(*exact)
+    assert indices.equal(expected_indices.sort(-1).values)
+    assert_near(output, expected, dtype)
+    grad = torch.randn_like(output)
+    found = triton.ffn_backward(grad, x, up, gate, down, indices, *pre_activations, None, "relu", 0.0)
+    wanted = aten.ffn_backward(
+        grad.double(), *(t.double() for t in (x, up, gate, down)), indices, *(t.double() for t in pre_activations),
+        None, "relu", 0.0,
+    )  # fmt: skip
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b, dtype)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():

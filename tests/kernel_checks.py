@@ -1,4 +1,4 @@
-"""What a call of the C++ kernels must give, on whatever instruction set is current: selection, weights and output."""
+"""What a call of the kernels must give, whatever the instruction set or device: selection, weights and output."""
 
 from __future__ import annotations
 
@@ -97,9 +97,11 @@ def hidden_units(args, activation):
     return up, gate, function(gate) * up
 
 
-def check_ffn(args, k, activation="relu", *, is_exact=False):
+def check_ffn(args, k, activation="relu", *, is_exact=False, lowering=cpu):
     """Selection, pre-activations and output are those of the definition; is_exact: float32 knows the hidden units."""
-    output, indices, up, gate = cpu.ffn_forward(**args, activation=activation, k=k, dropout_keep=None, dropout_p=0.0)
+    output, indices, up, gate = lowering.ffn_forward(
+        **args, activation=activation, k=k, dropout_keep=None, dropout_p=0.0
+    )
     expected_up, expected_gate, hidden = hidden_units(args, activation)
     magnitudes, chosen = hidden.abs(), indices.long()
     kept = min(k, hidden.size(-1))
