@@ -161,7 +161,7 @@ def measure(calls: Calls, options: argparse.Namespace, empty_caches: Callable[[]
 def ratio(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the rounds' ratios."""
     ratios = [x / y for x, y in zip(mine, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
 
 

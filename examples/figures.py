@@ -73,7 +73,7 @@ def summarise(measurements: Mapping[str, Measurement], baseline: str, topk: str)
 
 
 def _quartiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else list(values) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
     return {name: round(middle, 4), f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
 
 

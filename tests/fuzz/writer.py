@@ -521,7 +521,11 @@ class Writer:
         if text.startswith("safe"):
             text = self.choose(f"torch._safe_softmax({scores}, {dim})", f"aten._safe_softmax.default({scores}, {dim})")
             reference = f"{weights} = keeping.softmax({scores}, {dim}, empty_row=0.0)"
-        elif text.startswith("exp "):
+        elif text.startswith(("exp ", f"{scores}.exp()")):
+            # Where exponentials of scores as they are underflow, they are 0: a row of these alone is NaN.
+            in_range = f"{scores}.masked_fill({scores} < -745, -inf).masked_fill({scores} > 709, math.nan)"
+            reference = f"{weights} = keeping.softmax({in_range}, {dim})"
+        if text.startswith("exp "):
             exp = self.bind("e", f"{scores}.exp()")
             text = self.choose(f"{exp} / {exp}.sum({dim}, keepdim=True)", f"{exp} / torch.sum({exp}, dim={dim}, keepdim=True)",
                                f"{exp}.div({exp}.sum({dim}, True))", f"{exp} * (1 / {exp}.sum({dim}, keepdim=True))",
