@@ -1,6 +1,7 @@
 """The lowering for processors: C++ kernels, compiled on first use."""
 
-from .attention import attention_backward, attention_forward, prepare, why_not
+from .attention import attention_forward, prepare, why_not
+from .attention_backward import attention_backward
 from .ffn import ffn_backward, ffn_forward, ffn_why_not
 
 __all__ = [

@@ -13,11 +13,10 @@ from torch import Tensor
 from topk_fx.errors import LoweringUnavailableError
 from topk_fx.score import Score
 
-from ..aten import attention_backward as aten_backward
 from . import build, screening
 from .key_copy import KeyCopy, KeyCopyArgument
 from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
-from .sparse import CppProducts, TensorArgument, prepare_products, with_dense_rows
+from .sparse import TensorArgument, prepare_products, with_dense_rows
 
 _LONGEST = 2**30 - 1
 """Of queries and of keys: their positions are held in 32 bits, and so are the differences of two."""
@@ -125,11 +124,6 @@ def attention_forward(
     if _kernel(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype])(ctypes.byref(arguments)):
         raise MemoryError("not enough memory for the candidates of top-k attention")
     return output, indices, weights
-
-
-def attention_backward(*arguments: Any) -> list[Tensor]:
-    """The gradients as `aten.attention_backward`, with the sparse products in C++."""
-    return aten_backward(*arguments, sparse_products=CppProducts)  # type: ignore[misc]
 
 
 def _operand(x: Tensor, is_table: bool) -> _Operand:

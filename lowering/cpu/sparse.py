@@ -74,9 +74,14 @@ class CppProducts:
             *(batch, heads, self.keys.size(1), queries, self.keys.size(2), self.keys.size(3), kept),
             torch.get_num_threads(),
         )
-        library = _library(ELEMENT_TYPES[self.keys.dtype], build.current_instruction_set())
-        if getattr(library, name)(ctypes.byref(arguments)):
-            raise MemoryError("not enough memory for the sums of a gradient")
+        run(name, self.keys.dtype, arguments)
+
+
+def run(name: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
+    """Calls a function of sparse.cpp."""
+    library = _library(ELEMENT_TYPES[dtype], build.current_instruction_set())
+    if getattr(library, name)(ctypes.byref(arguments)):
+        raise MemoryError("not enough memory for the sums of a gradient")
 
 
 def prepare_products(*dtypes: torch.dtype) -> None:
@@ -92,6 +97,6 @@ def _source(element: str) -> tuple[str, tuple[str, ...]]:
 @functools.cache
 def _library(element: str, instructions: str) -> Any:
     library = build.load(*_source(element))
-    for name in ("dot_products", "weighted_sum", "scatter_rows"):
+    for name in ("dot_products", "weighted_sum", "scatter_rows", "row_gradients"):
         getattr(library, name).restype = ctypes.c_int64
     return library

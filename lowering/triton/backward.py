@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from topk_fx.score import Name, Program, Score
+from topk_fx.score import Score
 
 from ..aten import attention_backward as aten_backward
+from ..plain_gradients import keeps_gradients
 from .arguments import device_of, operand_arguments, power_of_two, score_function, with_dense_rows
 
 KEPT_BUDGET = 2**25
@@ -34,7 +34,7 @@ def attention_backward(
     kept = weights.size(-1)
     columns = power_of_two(max(query.size(-1), value.size(-1)), 16)
     function = Score.parse(score)
-    only_masks, only_adds = _keeps_gradients(function.before, operands)
+    only_masks, only_adds = keeps_gradients(function.before, operands)
     is_simple = (
         (only_masks or only_adds)
         and not function.after
@@ -67,28 +67,6 @@ def attention_backward(
             BDV=power_of_two(value_size, 16), BK=lanes, num_warps=max(1, min(16, lanes * columns // 2048)),
         )  # fmt: skip
     return [grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)]
-
-
-def _keeps_gradients(program: Program, operands: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether a program does nothing but mask keys out, and whether it does nothing but add terms.
-
-    In both cases the gradient of a kept score is that of its product.
-    """
-    only_masks = only_adds = True
-    current = Name("s")
-    for number, call in enumerate(program.operations):
-        name = Name(f"%{number}")
-        if name not in program.score_dependent:
-            continue
-        others = [x for x in call.arguments if x != current]
-        first_alone = call.arguments[0] == current and len(others) == len(call.arguments) - 1
-        is_boolean = call.name == "mask" and operands[call.arguments[1].index].dtype == torch.bool
-        only_masks &= first_alone and (is_boolean or (call.name in ("keep", "fill") and call.arguments[2] == -math.inf))
-        only_adds &= len(others) == 1 and (call.name == "add" or (first_alone and call.name in ("sub", "mask")))
-        only_adds &= not is_boolean
-        current = name
-    is_result = current == program.result
-    return only_masks and is_result, only_adds and is_result
 
 
 class TritonProducts:

@@ -4,11 +4,14 @@
 //   weighted_sum   out[i]  = sum over n of w[i, n] * table[indices[i, n]]
 //   scatter_rows   out[j]  = sum over the i, n with indices[i, n] = j of w[i, n] * rows[i]
 //
+// and the backward of attention up to the last of them, in one pass over the query rows, row_gradients.
+//
 // Rows [B, Hq, Lq, columns] and a table [B, H, Lk, columns] of one element type (defined as ELEMENT by the build), with
 // H a divisor of Hq; sums are float32. The last product takes a range of keys at a time, and adds to each of its rows in
 // the order of the queries, so that the number of threads changes no bit.
 
 #include <atomic>
+#include <cmath>
 
 #include <omp.h>
 
@@ -26,28 +29,88 @@ struct SparseArguments {
   int64_t batch, heads, table_heads, queries, keys, columns, kept, threads;
 };
 
+// Of scores that no operation changes but by adding to them.
+struct GradientArguments {
+  Tensor grad, key, value;
+  const int32_t* indices;
+  const float* weights;  // with a minus sign where dropout dropped one
+  float* grad_products;  // [B, Hq, Lq, kept]: of q.k, scaled; 0 in an empty slot
+  float* summed;  // the same shape: the weights of the values after dropout; null without dropout
+  Element* grad_query;  // contiguous
+  int64_t batch, heads, key_heads, value_heads, queries, depth, value_size, kept;
+  double scale, dropout_factor;
+  int64_t threads;
+};
+
 namespace {
 
 constexpr int64_t RANGE_SUMS = 1 << 19;  // sums that are held at a time, about
+
+// products[n] = row . table[indices[n]], 0 in an empty slot
+void kept_products(const Element* row, const Element* table, int64_t stride, const int32_t* indices, int64_t kept,
+                   int64_t columns, float* products) {
+  for (int64_t first = 0; first < kept; first += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, kept - first);
+    const Element* chosen[LANES];
+    for (int64_t n = 0; n < LANES; n++)
+      chosen[n] = n < count && indices[first + n] >= 0 ? table + indices[first + n] * stride : row;
+    for (int64_t n = first + LANES; n < std::min(first + 2 * LANES, kept); n++)
+      if (indices[n] >= 0) prefetch(table + indices[n] * stride);
+    float found[LANES];
+    store(found, dots(row, chosen, columns));
+    for (int64_t n = 0; n < count; n++) products[first + n] = indices[first + n] >= 0 ? found[n] : 0.0f;
+  }
+}
 
 void dot_products(const SparseArguments& a) {
 #pragma omp parallel for num_threads(int(a.threads)) schedule(static)
   for (int64_t number = 0; number < a.batch * a.heads * a.queries; number++) {
     const int64_t query = number % a.queries, head = number / a.queries % a.heads, batch = number / a.queries / a.heads;
-    const Element* row = row_of<Element>(a.rows, batch, head, query);
     const Element* table = row_of<Element>(a.table, batch, head / (a.heads / a.table_heads), 0);
-    const int32_t* indices = a.indices + number * a.kept;
-    float* products = a.weights + number * a.kept;
-    for (int64_t first = 0; first < a.kept; first += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, a.kept - first);
-      const Element* chosen[LANES];
-      for (int64_t n = 0; n < LANES; n++)
-        chosen[n] = n < count && indices[first + n] >= 0 ? table + indices[first + n] * a.table.strides[2] : row;
-      for (int64_t n = first + LANES; n < std::min(first + 2 * LANES, a.kept); n++)
-        if (indices[n] >= 0) prefetch(table + indices[n] * a.table.strides[2]);
-      float found[LANES];
-      store(found, dots(row, chosen, a.columns));
-      for (int64_t n = 0; n < count; n++) products[first + n] = indices[first + n] >= 0 ? found[n] : 0.0f;
+    kept_products(row_of<Element>(a.rows, batch, head, query), table, a.table.strides[2], a.indices + number * a.kept,
+                  a.kept, a.columns, a.weights + number * a.kept);
+  }
+}
+
+// The gradient of the weights, through the softmax to that of the products, and by those that of the query.
+void row_gradients(const GradientArguments& a) {
+  const int64_t thread_bytes = rounded_up((a.kept + 8) * int64_t(sizeof(int64_t) + sizeof(float)), 64);
+  const Buffer memory(a.threads * thread_bytes);
+  const float scale = float(a.scale), dropout_factor = float(a.dropout_factor);
+#pragma omp parallel num_threads(int(a.threads))
+  {
+    int64_t* offsets = memory.as<int64_t>(omp_get_thread_num() * thread_bytes);
+    float* chosen = reinterpret_cast<float*>(offsets + a.kept);
+#pragma omp for schedule(static)
+    for (int64_t number = 0; number < a.batch * a.heads * a.queries; number++) {
+      const int64_t query = number % a.queries, head = number / a.queries % a.heads;
+      const int64_t batch = number / a.queries / a.heads;
+      const int32_t* indices = a.indices + number * a.kept;
+      const float* weights = a.weights + number * a.kept;
+      float* grads = a.grad_products + number * a.kept;
+      const Element* values = row_of<Element>(a.value, batch, head / (a.heads / a.value_heads), 0);
+      kept_products(row_of<Element>(a.grad, batch, head, query), values, a.value.strides[2], indices, a.kept,
+                    a.value_size, grads);
+      if (a.summed != nullptr) {
+        float* summed = a.summed + number * a.kept;
+        for (int64_t n = 0; n < a.kept; n++) {
+          const float factor = std::signbit(weights[n]) ? 0.0f : dropout_factor;
+          summed[n] = std::fabs(weights[n]) * factor;
+          grads[n] *= factor;
+        }
+      }
+      float sums[LANES] = {};
+      for (int64_t n = 0; n < a.kept; n++) sums[n % LANES] += std::fabs(weights[n]) * grads[n];
+      const float expected = sum(load(sums));
+      int64_t count = 0;
+      for (int64_t n = 0; n < a.kept; n++) {
+        grads[n] = indices[n] >= 0 ? std::fabs(weights[n]) * (grads[n] - expected) * scale : 0.0f;
+        offsets[count] = indices[n] * a.key.strides[2];
+        chosen[count] = grads[n];
+        count += indices[n] >= 0;
+      }
+      const Element* keys = row_of<Element>(a.key, batch, head / (a.heads / a.key_heads), 0);
+      weigh(keys, offsets, chosen, count, a.depth, a.grad_query + number * a.depth);
     }
   }
 }
@@ -119,8 +182,8 @@ void scatter_rows(const SparseArguments& a) {
   if (!has_memory) throw std::bad_alloc();
 }
 
-template <void (*function)(const SparseArguments&)>
-int64_t run(const SparseArguments* arguments) {
+template <auto function, typename Arguments>
+int64_t run(const Arguments* arguments) {
   try {
     function(*arguments);
   } catch (const std::bad_alloc&) {
@@ -136,3 +199,4 @@ int64_t run(const SparseArguments* arguments) {
 extern "C" int64_t dot_products(const topk::SparseArguments* a) { return topk::run<topk::dot_products>(a); }
 extern "C" int64_t weighted_sum(const topk::SparseArguments* a) { return topk::run<topk::weighted_sum>(a); }
 extern "C" int64_t scatter_rows(const topk::SparseArguments* a) { return topk::run<topk::scatter_rows>(a); }
+extern "C" int64_t row_gradients(const topk::GradientArguments* a) { return topk::run<topk::row_gradients>(a); }
