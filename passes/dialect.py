@@ -275,6 +275,8 @@ def read(node: Any) -> Call | None:
         return None
     if row.kind == Kind.VIEW and isinstance(arguments.get("size"), torch.dtype):
         return None  # the same bits as other numbers
+    if row.kind == Kind.EINSUM and len(arguments["operands"]) == 1:
+        return _read_einsum_of_one(node, arguments)
     if node.target in (F.hardtanh, aten.hardtanh.default):
         arguments = {"min": -1.0, "max": 1.0, **arguments}
     if node.target in ("float", "half", "bfloat16", "double"):
@@ -282,6 +284,16 @@ def read(node: Any) -> Call | None:
     if isinstance(indices := arguments.pop("indices", None), (list, tuple)):  # in which None is no new axis
         arguments["index"] = tuple(slice(None) if x is None else x for x in indices)
     return Call(row.kind, node, arguments, row.in_place or arguments.get("inplace") is True)
+
+
+def _read_einsum_of_one(node: fx.Node, arguments: dict[str, Any]) -> Call | None:
+    """An einsum of one tensor as the permutation that it is: a view, and no product; None if it sums or repeats."""
+    (operand,), equation = arguments["operands"], arguments["equation"]
+    letters, arrow, output = str(equation).replace(" ", "").partition("->")
+    is_permutation = bool(arrow) and "." not in letters and len(set(letters)) == len(letters)
+    if not is_permutation or sorted(letters) != sorted(output) or not isinstance(operand, fx.Node):
+        return None
+    return Call(Kind.PERMUTE, node, {"input": operand, "dims": tuple(letters.index(c) for c in output)})
 
 
 def changes_mode(node: fx.Node) -> bool:

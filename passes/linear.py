@@ -203,7 +203,7 @@ def _product_with_weight(call: Call, x: Any, factor: Any, bias: Any) -> LinearCa
 def _transposed_matrix(node: fx.Node) -> fx.Node | None:
     """The matrix of which a node is the transpose."""
     call = read(node)
-    if call is None or rank_of(call["input"]) != 2:
+    if call is None or rank_of(call.get("input")) != 2:
         return None
     match call.kind:
         case Kind.MATRIX_TRANSPOSE | Kind.REVERSE_AXES:

@@ -47,6 +47,9 @@ SAME_MEANING: dict[str, tuple[Kind, dict[str, Any], list[Form]]] = {
         form(torch.matmul, "x", "y"), form(torch.matmul, "x", other="y"), form(operator.matmul, "x", "y"),
         form("matmul", "x", "y"), form("__matmul__", "x", "y"), form(torch.bmm, "x", "y"), form("bmm", "x", mat2="y"),
         form(torch.mm, "x", mat2="y"), form(aten.matmul.default, "x", "y"), form(aten.bmm.default, "x", "y")]),
+    "permutation": (Kind.PERMUTE, {"input": "x", "dims": (1, 2, 0)}, [
+        form(torch.permute, "x", (1, 2, 0)), form("permute", "x", 1, 2, 0), form(torch.einsum, "i j k -> j k i", "x"),
+        form(aten.permute.default, "x", (1, 2, 0)), form(aten.einsum.default, "ijk->jki", ["x"])]),
     "softmax": (Kind.SOFTMAX, {"input": "x", "dim": 1}, [
         form(F.softmax, "x", 1), form(F.softmax, "x", dim=1), form(F.softmax, "x", 1, 3),
         form(torch.softmax, "x", axis=1),
@@ -157,6 +160,9 @@ NOT_UNDERSTOOD = {
     "more_positional_arguments": form(torch.relu, "x", 1, torch.float32, "y"),
     "unknown_keyword": form(F.linear, "x", "y", scale=2.0),
     "einsum_with_path": form(torch.einsum, "ij,jk", "x", "y", path=[0, 1]),
+    "einsum_that_sums_one": form(torch.einsum, "ij->i", "x"),
+    "einsum_of_a_diagonal": form(torch.einsum, "ii->i", "x"),
+    "einsum_of_one_without_arrow": form(torch.einsum, "ji", "x"),
     "maximum_of_two": form(aten.max.other, "x", "y"),
     "maximum_of_all": form(aten.max.default, "x"),
     "product_in_another_dtype": form(aten.bmm.dtype, "x", "y", torch.float32),

@@ -53,6 +53,14 @@ def scores_written_several_times(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, 
     return scores.softmax(-1) @ v
 
 
+@trap("inputs_written_between")
+def key_written_whose_einsum_is_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.clone()
+    scores = q @ torch.einsum("bhjd->bhdj", k)
+    k.mul_(0.5)
+    return scores.softmax(-1) @ v
+
+
 @trap()
 def query_scaled_before_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.clone()
