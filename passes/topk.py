@@ -32,7 +32,7 @@ from .sites import AttentionSite, FFNSite, Refusal
 from .softmax import read_softmax
 from .trace import Order
 from .validate import Validator
-from .values import dtype_of, shape_of, value_of
+from .values import attribute_of, dtype_of, shape_of, value_of
 from .where import module_path, owner_path
 
 _INDEX_BYTES = _WEIGHT_BYTES = 4
@@ -40,9 +40,13 @@ _INDEX_BYTES = _WEIGHT_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What one run of the pass over a graph and its child graphs remembers."""
+    """What one run of the pass over a graph and its child graphs remembers.
+
+    `own_gradients` are the bodies of torch.autograd.Function, whose gradient the model's owner wrote.
+    """
 
     validator: Validator | None
+    own_gradients: frozenset[fx.Graph] = frozenset()
     sites_at: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def number(self, where: str) -> tuple[str, int]:
@@ -71,7 +75,7 @@ class TopKPass:
         """Rewrites `module` and its child graphs; a graph without a rewritten site is not touched."""
         sites: list[SiteReport] = []
         autocasts = autocasts_of_bodies(module)
-        run = _Run(Validator() if self.config.validate else None)
+        run = _Run(Validator() if self.config.validate else None, _bodies_with_own_gradient(module))
         for child in _graph_modules(module):
             reports = list(self._rewrite_graph(child.graph, autocasts.get(child, ()), run))
             if any(report.rewritten for report in reports):
@@ -144,7 +148,7 @@ class TopKPass:
         config = self.config.at(where, number)
         facts = {**_attention_facts(site, config.k), "number": number}
         pays = self.pays("attention", site.scores_shape, config.k, _device(site.output))
-        refusal = _refuse_special_tensor(site.output) or judge_attention(site, config, pays)
+        refusal = _refuse_surroundings(site.output, run) or judge_attention(site, config, pays)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, run)
@@ -185,7 +189,7 @@ class TopKPass:
         facts = {**_ffn_facts(site, ffn_keep(config)), "number": number}
         hidden_shape = None if site.tokens_shape is None else (*site.tokens_shape, site.hidden_size)
         pays = self.pays("ffn", hidden_shape, ffn_keep(config), _device(site.output))
-        refusal = _refuse_special_tensor(site.output) or judge_ffn(site, config, pays, self.config.lowering)
+        refusal = _refuse_surroundings(site.output, run) or judge_ffn(site, config, pays, self.config.lowering)
         detail = ""
         if refusal is None:
             refusal, detail = self._validate(site, where, run)
@@ -241,11 +245,15 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
     return None if softmax is None else find_attention(softmax, order)
 
 
-def _refuse_special_tensor(node: fx.Node) -> Refusal | None:
+def _refuse_surroundings(node: fx.Node, run: _Run) -> Refusal | None:
     """Inside torch.vmap, tracing recorded values of one sample, which nothing can be computed from outside of it.
 
-    Inside jvp, the op would raise where the dense form has a derivative; and no rule tells how to shard the op.
+    Inside jvp, and inside a gradient of a gradient, the op would raise where the dense form has a derivative; no rule
+    tells how to shard the op; and a gradient that is written beside a dense form is not that of top-k.
     """
+    if node.graph in run.own_gradients:
+        detail = f"{node.name} is computed in a torch.autograd.Function, whose own gradient would not be that of top-k"
+        return Refusal("custom_gradient", detail, node)
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return None
@@ -255,20 +263,33 @@ def _refuse_special_tensor(node: fx.Node) -> Refusal | None:
         return None
     if is_mapped(value):
         return Refusal("inside_vmap", f"{node.name} is computed under torch.vmap: write the batch as an axis", node)
-    if _is_inside_jvp(node):
+    if _levels_around(node, "jvp") > 0:
         return Refusal("inside_jvp", f"{node.name} has a forward-mode derivative taken, which the op has not", node)
+    if _levels_around(node, "grad") > 1:
+        detail = f"{node.name} has the gradient of a gradient taken, which the op has not"
+        return Refusal("inside_second_derivative", detail, node)
     return None
 
 
-def _is_inside_jvp(node: fx.Node) -> bool:
-    """Whether a node of a Dynamo graph stands between the begin and the end of a torch.func.jvp."""
+def _levels_around(node: fx.Node, transform: str) -> int:
+    """How often a node of a Dynamo graph stands between the begin and the end of a torch.func.jvp, or grad."""
     levels = 0
     for other in node.graph.nodes:
         if other is node:
             break
         name = getattr(other.target, "__name__", "")
-        levels += (name == "_jvp_increment_nesting") - (name == "_jvp_decrement_nesting")
-    return levels > 0
+        levels += (name == f"_{transform}_increment_nesting") - (name == f"_{transform}_decrement_nesting")
+    return levels
+
+
+def _bodies_with_own_gradient(module: fx.GraphModule) -> frozenset[fx.Graph]:
+    """The forward and backward of every torch.autograd.Function, with the graphs inside them."""
+    found: set[fx.Graph] = set()
+    for child in _graph_modules(module):
+        for call in child.graph.find_nodes(op="call_function", target=torch.ops.higher_order.autograd_function_apply):
+            bodies = (attribute_of(x) for x in call.all_input_nodes if x.op == "get_attr")
+            found.update(x.graph for body in bodies if isinstance(body, fx.GraphModule) for x in _graph_modules(body))
+    return frozenset(found)
 
 
 def _device(node: fx.Node) -> str | None:

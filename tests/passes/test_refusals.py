@@ -26,6 +26,7 @@ LAYERS |= {"experts_up": drawn(4, 8, 16), "experts_down": drawn(4, 16, 8)}
 LAYERS["ends"] = torch.tensor([2, 3, 7, 10], dtype=torch.int32)
 grouped_mm = torch._grouped_mm
 BYTES = torch.ones(LQ, LK, dtype=torch.uint8)
+LEARNED = nn.Parameter(torch.ones(D))
 NESTED = torch.nested.nested_tensor([drawn(length, H, D) for length in (2, LK)], layout=torch.jagged)
 
 
@@ -362,6 +363,33 @@ def sdpa_mapped_over_masks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Ten
 @refused("inside_jvp")
 def forward_mode_derivative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.func.jvp(lambda q: (q @ k.transpose(-2, -1)).softmax(-1) @ v, (q,), (q,))[1]
+
+
+@refused("inside_second_derivative")
+def gradient_of_a_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def gradient(q: Tensor) -> Tensor:
+        return torch.func.grad(lambda q: ((q @ k.transpose(-2, -1)).softmax(-1) @ v).sum())(q)
+
+    return torch.func.grad(lambda q: gradient(q).square().sum())(q)
+
+
+class _AttentionWithItsGradient(torch.autograd.Function):
+    """The gradients of query and value, as they are without top-k."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(k, v)
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        k, v = ctx.saved_tensors
+        return (grad @ v.transpose(-2, -1)) @ k, None, None
+
+
+@refused("custom_gradient")
+def gradient_written_beside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _AttentionWithItsGradient.apply(q * LEARNED, k, v)
 
 
 @refused("opaque_call", symbolic=True)
