@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +17,12 @@ from .index_fill import IndexFill, read_index_fill
 from .layout import Layout, Permute, whole_axis
 from .meaning import StagedStretch, Stretch, depends_on, find_stretch
 from .mutation import mutated_arguments
-from .score_steps import Operand, Step, read_steps
+from .row_shift import Event, keeps_shift, may_overflow
+from .score_steps import Operand, read_steps
 from .sites import Factor, Refuse, ScoreStep, Term
 from .softmax import Softmax, maximum_over
 from .trace import MOVES, Trace, first_of, move_of
-from .values import constant_of, is_matrix, is_scalar, rank_of, shape_of
+from .values import constant_of, dtype_of, is_matrix, rank_of, shape_of
 from .where import describe
 
 CHAIN = {
@@ -43,10 +43,6 @@ _SCORE_ARGUMENTS = {
     Kind.MUL: ("input", "other"),
     Kind.ADDCMUL: ("tensor1", "tensor2"),
 }
-
-
-Event = Call | Step | Stretch | IndexFill
-"""What the scores pass: a move, a step, a stretch that no step describes, or a write to some of them."""
 
 
 @dataclasses.dataclass
@@ -78,6 +74,8 @@ class ScorePath:
     scores: fx.Node = dataclasses.field(init=False)
     sink: Sink | None = None
     layouts: list[Layout] = dataclasses.field(default_factory=list)
+    _shifts: list[tuple[fx.Node, int]] = dataclasses.field(default_factory=list)
+    """Where a row maximum is subtracted, and how many events come after."""
 
     def __post_init__(self) -> None:
         self.scores = self.softmax.input
@@ -86,6 +84,7 @@ class ScorePath:
         """The product, and what becomes of it in order; Refuse at the first fact that cannot be proven."""
         product_node, events, key_axis = self._walk_back(self._softmax_axis())
         product = self._read_product(product_node, key_axis)
+        self._check_shifts(product, events)
         return product, self._in_order(product, events)
 
     @property
@@ -144,15 +143,29 @@ class ScorePath:
             if refusal.reason != "unknown_score_op":
                 raise
             return self._stretch_back(node, product, events)
-        if reading.absorbed and not all(map(_keeps_shift, events)):
+        if reading.absorbed and not all(map(keeps_shift, events)):
             raise Refuse(
                 "unknown_score_op", f"{describe(node)} shifts the scores before a step that does not keep a shift"
             )
+        if reading.absorbed:
+            self._shifts.append((node, len(events)))
         events += reversed(reading.steps)
         self.trace.interior.update(reading.absorbed)
         if reading.takes_dtype_of is not None:
             self.trace.dtypes_taken.append(reading.takes_dtype_of)
         return source
+
+    def _check_shifts(self, product: Product, events: list[Event]) -> None:
+        """Refuse where scores whose maximum is not subtracted would overflow."""
+        has_term = any(step.name == "add" for step in product.first_steps)
+        for node, count in self._shifts:
+            after, before = events[:count][::-1], events[count:][::-1]
+            if has_term:
+                before = [("add", (Operand(product.node),)), *before]
+            if may_overflow(before, after, dtype_of(node)):
+                raise Refuse(
+                    "unknown_score_op", f"{describe(node)} shifts scores that would overflow if it were left out"
+                )
 
     def _stretch_back(self, node: fx.Node, product: fx.Node, events: list[Event]) -> fx.Node:
         stretch = find_stretch(node, product, self.trace.order)
@@ -327,24 +340,6 @@ def _is_of_shape(x: fx.Node, other: fx.Node) -> bool:
     """Whether two tensors certainly have the same shape."""
     shape, expected = shape_of(x), shape_of(other)
     return shape is not None and expected is not None and same_shape(shape, expected)
-
-
-def _keeps_shift(event: Event) -> bool:
-    """Whether scores of a row that differ by a constant still do after a step (or a move)."""
-    if isinstance(event, Call):
-        return True
-    if isinstance(event, Stretch):
-        return False
-    if isinstance(event, IndexFill):
-        return event.value == -math.inf
-    name, arguments = event
-    if name in ("mul", "div"):
-        factor = arguments[0]
-        if not isinstance(factor, Operand) or is_scalar(factor.node):
-            return True
-        shape = shape_of(factor.node)
-        return shape is not None and (not shape or shape[-1] == 1)
-    return name == "add" or (name in ("keep", "fill") and arguments[1] == -math.inf)
 
 
 def leads_to_product(node: fx.Node, depth: int = 24) -> bool:
