@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from topk_fx.activation import ACTIVATIONS
+from topk_fx.activation import ACTIVATIONS, Activation
 from topk_fx.score.language import Call as Operation
 from topk_fx.score.operations import CAST_DTYPES, OPERATIONS
 
@@ -220,7 +221,8 @@ def name_activation(hidden: Any, reader: HiddenReader, dtype: torch.dtype | None
     """The activation that an expression of `reader` is, or None.
 
     Compared with every known one in float64, at points that lie on both sides of each number in the expression, to
-    the precision of `dtype`. At a kink the derivatives may differ: that of clamp(x, 0) at 0 is 1, that of relu 0.
+    the precision of `dtype`. At 0, where ReLU has its kink, the derivatives are compared, too; and NaN must stay NaN,
+    which `where(x > 0, x, 0)` makes 0.
     """
     if not reader.is_constant:
         return None
@@ -235,9 +237,18 @@ def name_activation(hidden: Any, reader: HiddenReader, dtype: torch.dtype | None
         for name, activation in ACTIVATIONS.items():
             expected = activation.function(x) * (y if others else 1)
             tolerance = 4 * epsilon * (1 + x.abs()) * ((1 + y.abs()) if others else 1)
-            if _is_close(found, expected, tolerance):
+            if _is_close(found, expected, tolerance) and _is_alike_at_kinks(hidden, activation, active, linear):
                 return Activated(name, active, linear)
     return None
+
+
+def _is_alike_at_kinks(hidden: Any, activation: Activation, active: Variable, linear: Variable | None) -> bool:
+    """Whether an expression has the derivative of an activation at 0, and is NaN where that is."""
+    others = {} if linear is None else {linear: torch.ones(1, dtype=torch.float64)}
+    zero, nan = (torch.tensor([x], dtype=torch.float64) for x in (0.0, math.nan))
+    slope = _slope(hidden, {active: zero, **others}, active)
+    is_same = _is_close(slope, activation.derivative(zero), 1e-9 + zero)
+    return is_same and bool(torch.as_tensor(_evaluate(hidden, {active: nan, **others})).isnan().all())
 
 
 def is_affine(hidden: Any, reader: HiddenReader) -> bool:
@@ -283,6 +294,39 @@ def _evaluate(x: Any, values: Mapping[Any, Tensor]) -> Any:
         return visit(x)
     except (RuntimeError, TypeError, ValueError) as error:  # an operation of other dtypes than float64
         raise NotHidden from error
+
+
+def _slope(x: Any, values: Mapping[Any, Tensor], along: Variable) -> Any:
+    """The derivative of an expression with respect to a variable."""
+    known: dict[int, Any] = {}
+
+    def visit(x: Any) -> Any:
+        if not isinstance(x, Operation):
+            return 1.0 + 0 * values[x] if x == along else None
+        if id(x) not in known:
+            known[id(x)] = _slope_of(x, [visit(a) for a in x.arguments], [_evaluate(a, values) for a in x.arguments])
+        return known[id(x)]
+
+    return visit(x)
+
+
+def _slope_of(operation: Operation, slopes: list[Any], arguments: list[Any]) -> Any:
+    """The derivative of one operation from those of its arguments; None if none of these has one."""
+    name: Any = operation.name
+    if all(slope is None for slope in slopes) or (isinstance(name, str) and name in CAST_DTYPES):
+        return next((slope for slope in slopes if slope is not None), None)
+    if not isinstance(name, str):
+        x = arguments[0].detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(name(x.clone(), *arguments[1:]).sum(), x)[0] * slopes[0]
+    thunks = [functools.partial(_same, argument) for argument in arguments]
+    derivatives = zip(OPERATIONS[name].derivatives, slopes, strict=False)
+    parts = [derivative(slope, *thunks) for derivative, slope in derivatives if derivative and slope is not None]
+    return sum(parts) if parts else None
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _apply(operation: Operation, arguments: list[Any]) -> Any:

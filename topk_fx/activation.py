@@ -13,11 +13,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An elementwise function and its derivative; `is_relu_like` if most of its outputs are exactly zero."""
+    """An elementwise function and its derivative; `is_relu_like` if most of its outputs are exactly zero.
+
+    `values_of` is the activation that has the same values, if they differ in the derivative alone.
+    """
 
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     is_relu_like: bool = False
+    values_of: str = ""
 
 
 def _gelu_derivative(x: Tensor) -> Tensor:
@@ -42,6 +46,16 @@ def _sigmoid_gate_derivative(slope: float) -> Callable[[Tensor], Tensor]:
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, lambda x: (~(x <= 0)).to(x.dtype), is_relu_like=True),
     "relu2": Activation(lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x), is_relu_like=True),
+    # At 0, as where a token is zero, the derivatives of these are 1 and 1/2, and that of relu 0.
+    "relu_clamp": Activation(
+        lambda x: x.clamp(min=0), lambda x: (x >= 0).to(x.dtype), is_relu_like=True, values_of="relu"
+    ),
+    "relu_maximum": Activation(
+        lambda x: torch.maximum(x, x.new_zeros(())),
+        lambda x: torch.where(x == 0, 0.5, (~(x < 0)).to(x.dtype)),
+        is_relu_like=True,
+        values_of="relu",
+    ),
     "gelu": Activation(F.gelu, _gelu_derivative),
     "gelu_tanh": Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_derivative),
     "silu": Activation(F.silu, _sigmoid_gate_derivative(1.0)),

@@ -108,7 +108,8 @@ def ffn(
         up_weight: [F, D], as nn.Linear holds it, and up_bias [F]. None: the input is [..., F], and h = act(x).
         down_weight: [Dout, F], and down_bias [Dout].
         k: units kept per token: an int >= 1, a float in (0, 1] (a share of F, rounded up), or "all".
-        activation: "relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu" or "sigmoid" (of GLU).
+        activation: "relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu" or "sigmoid" (of GLU); "relu_clamp" and
+            "relu_maximum" are relu as clamp(x, 0) and maximum(x, 0), whose derivatives at 0 are 1 and 1/2.
         gate_weight: [F, D], and gate_bias [F]; the activation then acts on the gate.
         dropout_p: the share of the kept units that is dropped; always applied.
 

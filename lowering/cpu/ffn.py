@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_fx.activation import ACTIVATIONS
+
 from ..aten import sparse_ffn_backward
 from . import build
 from .score_code import ELEMENT_TYPES
 from .sparse import CppProducts
 
-ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu", "sigmoid")
+KERNELS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu", "sigmoid")
 """In the order of `Activation` in activations.h."""
 
 _MOST_UNITS = 2**30
@@ -90,7 +92,11 @@ def ffn_forward(
         *(None if x is None else x.data_ptr() for x in (*biases, output, indices, up_kept, gate_kept, keep)),
         *(tokens, model_size, hidden_size, output_size, kept),
         1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-        *(ACTIVATIONS.index(activation), gate_weight is not None, torch.get_num_threads()),
+        *(
+            KERNELS.index(ACTIVATIONS[activation].values_of or activation),
+            gate_weight is not None,
+            torch.get_num_threads(),
+        ),
     )
     if _kernel(ELEMENT_TYPES[input.dtype], build.current_instruction_set())(ctypes.byref(arguments)):
         raise MemoryError("not enough memory for the hidden units of a top-k FFN")

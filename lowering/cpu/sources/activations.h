@@ -1,4 +1,4 @@
-// The activations of an FFN, elementwise in float32. The order is that of ACTIVATIONS in lowering/cpu/ffn.py.
+// The activations of an FFN, elementwise in float32. The order is that of KERNELS in lowering/cpu/ffn.py.
 #pragma once
 
 #include <cmath>
