@@ -384,25 +384,30 @@ def _check_shape(emit: Emitter, new: fx.Node, old: fx.Node) -> None:
 
 
 def _lay_out(emit: Emitter, new: fx.Node, old: fx.Node) -> fx.Node:
-    """`new` in memory as `old` was, if `old` was dense in another order of its axes and a view is taken of it.
+    """`new` in memory as `old` was, if `old` was dense in another order of its axes and a view may be taken of it.
 
     Tracing leaves a call of `contiguous` out where it has nothing to do, as for SDPA's output with its heads put last.
     """
     before, after = value_of(old), value_of(new)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or not _is_viewed(old):
         return new
-    if _is_dense(after, range(after.dim())) and _is_dense(before, range(before.dim())):
-        return new
     for order in itertools.permutations(range(before.dim())):
         if _is_dense(before, order):
+            if _is_dense(after, order):
+                return new
             dense = emit.call(aten.clone.default, emit.permute(new, order), memory_format=torch.contiguous_format)
             return emit.permute(dense, [order.index(axis) for axis in range(len(order))])
     return new
 
 
 def _is_viewed(node: fx.Node) -> bool:
-    """Whether a view of another shape is taken of a node, or of it with its axes moved; its strides must allow that."""
+    """Whether a view of another shape is taken of a node, or of it with its axes moved; its strides must allow that.
+
+    What leaves the graph may be viewed by what comes after it.
+    """
     for user in node.users:
+        if user.op == "output" or user.target in (torch.as_strided, "as_strided", aten.as_strided.default):
+            return True
         call = read(user)
         if call is None or call.get("input") is not node:
             continue

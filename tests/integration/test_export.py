@@ -191,6 +191,22 @@ def test_output_that_is_viewed_is_laid_out_as_that_of_sdpa() -> None:
     assert_same(values_and_gradients(program.module(), (x,)), expected)
 
 
+def test_output_that_leaves_the_graph_is_laid_out_as_that_of_sdpa() -> None:
+    """Who calls the program may take a view of it."""
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x.view(2, 7, 3, 8).transpose(1, 2)
+        output = F.scaled_dot_product_attention(q, q, q)
+        return output, torch.as_strided(output, (2, 7, 24), (168, 24, 1))
+
+    x = drawn(2, 7, 24)
+    program, report = topk_fx.rewrite(torch.export.export(Calling(model), (x,)), k="all")
+    assert [site.rewritten for site in report] == [True]
+    (output, strided), (expected, expected_strided) = program.module()(x), model(x)
+    assert_same(output.transpose(1, 2).view(2, 7, 24), expected.transpose(1, 2).view(2, 7, 24))
+    assert_same(strided, expected_strided)
+
+
 def test_attention_over_a_mutated_buffer_reads_what_dense_reads() -> None:
     """A cache of keys and values, written before it is attended to, as in decoding."""
 
