@@ -75,6 +75,8 @@ class Kind(enum.Enum):
     SELECT = "one place of an axis"
     CHUNK = "an axis in a number of pieces"
     SPLIT = "an axis in pieces of given sizes"
+    TENSOR_SPLIT = "an axis in pieces of a given number, or between given places"
+    UNBIND = "every place of an axis"
     GLU = "the first half of an axis times the sigmoid of the second"
     GROUPED_MATMUL = "a matrix product for each group of rows"
     OPAQUE = "attention inside one call"
@@ -110,7 +112,7 @@ _SAME_NAMES = {
     "min_val": "min", "max_val": "max", "tensors": "input", "attn_bias": "attn_mask", "train": "training",
     "batch1": "left", "batch2": "right", "mat1": "left", "shape": "size", "keepdims": "keepdim", "mat_a": "input",
     "mat_b": "other", "values": "value", "split_size_or_sections": "sections", "split_size": "sections",
-    "split_sizes": "sections",
+    "split_sizes": "sections", "indices_or_sections": "sections",
 }  # fmt: skip
 _IGNORED = {"_stacklevel", "memory_format", "non_blocking", "copy", "layout", "device", "pin_memory", "implicit"}
 
@@ -206,6 +208,8 @@ _row(Kind.SELECT, "input dim index", torch.select, "select", aten.select)
 _row(Kind.CHUNK, "input chunks dim", torch.chunk, "chunk", aten.chunk)
 _row(Kind.SPLIT, "input sections dim", torch.split, torch.functional.split, "split", aten.split,
      torch.split_with_sizes, "split_with_sizes", aten.split_with_sizes)  # fmt: skip
+_row(Kind.TENSOR_SPLIT, "input sections dim", torch.tensor_split, "tensor_split", aten.tensor_split)
+_row(Kind.UNBIND, "input dim", torch.unbind, "unbind", aten.unbind)
 _row(Kind.GLU, "input dim", F.glu, torch._C._nn.glu, aten.glu)
 _row(Kind.GROUPED_MATMUL, "input other offs bias out_dtype", torch._grouped_mm, aten._grouped_mm,
      *(getattr(F, name) for name in ("grouped_mm",) if hasattr(F, name)))  # fmt: skip

@@ -62,7 +62,8 @@ def _is_weights(node: Any) -> bool:
 
 _OF_WEIGHTS = {Kind.TRANSPOSE, Kind.MATRIX_TRANSPOSE, Kind.PERMUTE, Kind.CAST, Kind.SAME, Kind.GETITEM}
 _HANDED_ON = {Kind.SAME, Kind.CAST, Kind.VIEW, Kind.DROPOUT, Kind.GETITEM, Kind.SLICE, Kind.NARROW, Kind.CHUNK,
-              Kind.SPLIT, Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.TRANSPOSE, Kind.MATRIX_TRANSPOSE, Kind.GLU}  # fmt: skip
+              Kind.SPLIT, Kind.TENSOR_SPLIT, Kind.UNBIND, Kind.UNSQUEEZE, Kind.SQUEEZE, Kind.TRANSPOSE,
+              Kind.MATRIX_TRANSPOSE, Kind.GLU}  # fmt: skip
 
 
 def _products_before(node: fx.Node) -> list[fx.Node]:

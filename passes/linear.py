@@ -100,9 +100,9 @@ def read_part(node: Any) -> Part | None:
     call = read(node)
     if call is None or call.in_place or call.kind not in _TAKES_PART:
         return None
-    if call.kind == Kind.GETITEM and isinstance(call["index"], int):
-        return _piece(call)
-    if call.kind in (Kind.GETITEM, Kind.SELECT) and (selected := _selected_row(call)) is not None:
+    if call.kind == Kind.GETITEM and isinstance(call["index"], int) and (piece := _piece(call)) is not None:
+        return piece
+    if call.kind in (Kind.GETITEM, Kind.SELECT, Kind.SQUEEZE) and (selected := _selected(call)) is not None:
         return selected
     inner = read_part(call["input"])
     if inner is None or inner.units is None:
@@ -224,55 +224,81 @@ def _transposed_matrix(node: fx.Node) -> fx.Node | None:
 def _piece(item: Call) -> Part | None:
     """One of the pieces into which a chunk or split cuts the last axis."""
     cut = read(item["input"])
-    if cut is None or cut.kind not in (Kind.CHUNK, Kind.SPLIT):
+    if cut is None or cut.kind not in (Kind.CHUNK, Kind.SPLIT, Kind.TENSOR_SPLIT):
         return None
     inner = read_part(cut["input"])
     if inner is None or inner.units is None or not _is_last_axis(cut.get("dim", 0), cut["input"]):
         return None
-    total = len(inner.units)
-    sizes = cut.get("chunks") if cut.kind == Kind.CHUNK else cut.get("sections")
-    if isinstance(sizes, int):
-        length = -(-total // sizes) if cut.kind == Kind.CHUNK else sizes
-        if length <= 0:
-            return None
-        starts = [*range(0, total, length), total]
-    elif isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes) and sum(sizes) == total:
-        starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
-    else:
+    starts = _starts_of_pieces(cut, len(inner.units))
+    if starts is None:
         return None
     number = item["index"] % (len(starts) - 1)
     units = inner.units[starts[number] : starts[number + 1]]
     return Part(inner.linear, units, (*inner.nodes, cut.node, item.node))
 
 
-def _selected_row(call: Call) -> Part | None:
-    """Row n of outputs that a view arranges as [..., rows, size]."""
-    view = read(call["input"])
-    shape = shape_of(call["input"])
+def _starts_of_pieces(cut: Call, total: int) -> list[int] | None:
+    """Where the pieces of an axis begin, and where the last one ends; None if they are not told."""
+    sizes = cut.get("chunks") if cut.kind == Kind.CHUNK else cut.get("sections")
+    is_list = isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes)
+    if cut.kind == Kind.TENSOR_SPLIT:
+        if isinstance(sizes, int) and sizes > 0 and total % sizes == 0:
+            return [*range(0, total, total // sizes), total]
+        places = [0, *sizes, total] if is_list else []
+        return places if places and places == sorted(places) and places[1] >= 0 else None
+    if isinstance(sizes, int):
+        length = -(-total // sizes) if cut.kind == Kind.CHUNK else sizes
+        return [*range(0, total, length), total] if length > 0 else None
+    return [sum(sizes[:n]) for n in range(len(sizes) + 1)] if is_list and sum(sizes) == total else None
+
+
+def _selected(call: Call) -> Part | None:
+    """The units at one place of an axis of what a view arranges as [..., places, size] or [..., size, places]."""
+    source, between = call["input"], []
+    outer = read(source)
+    if outer is not None and outer.kind in (Kind.UNBIND, Kind.SLICE) and isinstance(outer.get("input"), fx.Node):
+        source, between = outer["input"], [outer.node]
+    view, shape = read(source), shape_of(source)
     if view is None or view.kind != Kind.VIEW or shape is None or len(shape) < 2:
         return None
-    number = _selected_index(call, len(shape))
-    inner = read_part(view["input"])
-    before = shape_of(view["input"])
-    rows, size = shape[-2:]
-    if inner is None or inner.units is None or before is None or not isinstance(number, int):
+    axis, number = _selected_index(call, outer if between else None, len(shape))
+    inner, before = read_part(view["input"]), shape_of(view["input"])
+    if inner is None or inner.units is None or before is None or not all(isinstance(n, int) for n in (axis, number)):
         return None
-    if not same_shape(before[:-1], shape[:-2]) or rows * size != len(inner.units) or not -rows <= number < rows:
+    axis %= len(shape)
+    count = shape[axis]
+    is_split = same_shape(before[:-1], shape[:-2]) and shape[-2] * shape[-1] == len(inner.units)
+    if axis < len(shape) - 2 or not is_split or not -count <= number < count:
         return None
-    number %= rows
-    return Part(inner.linear, inner.units[number * size : (number + 1) * size], (*inner.nodes, view.node, call.node))
+    number %= count
+    size = len(inner.units) // count
+    is_last = axis == len(shape) - 1
+    units = inner.units[number::count] if is_last else inner.units[number * size : (number + 1) * size]
+    return Part(inner.linear, units, (*inner.nodes, view.node, *between, call.node))
 
 
-def _selected_index(call: Call, rank: int) -> Any:
-    """The index that a call takes of its input's last axis but one, all others left whole; None if it does not."""
-    if call.kind == Kind.SELECT:
-        return call["index"] if call["dim"] in (-2, rank - 2) else None
-    index = call["index"]
-    if not isinstance(index, tuple) or len(index) < 2 or index[-1] != slice(None):
-        return None
-    others = index[:-2]
-    is_whole = all(n == slice(None) or n is Ellipsis for n in others)
-    return index[-2] if is_whole and (others.count(Ellipsis) == 1 or len(index) == rank) else None
+def _selected_index(call: Call, outer: Call | None, rank: int) -> tuple[Any, Any]:
+    """The one axis of which a call takes one place, and which; all others are left whole. None if it does not.
+
+    `outer` is the unbind that it takes a piece of, or the slice of one place that it squeezes.
+    """
+    if call.kind == Kind.SELECT and outer is None:
+        return call["dim"], call["index"]
+    if outer is not None and outer.kind == Kind.UNBIND:
+        return outer.get("dim", 0), call.get("index")
+    if call.kind == Kind.SQUEEZE and outer is not None:
+        dims, axis, start = call.get("dim"), outer.get("dim", 0), outer.get("start")
+        is_one = isinstance(start, int) and outer.get("end") == start + 1 and outer.get("step", 1) == 1
+        return (axis, start) if is_one and dims in (axis, [axis], (axis,)) else (None, None)
+    index = call.get("index")
+    if outer is not None or not isinstance(index, tuple) or index.count(Ellipsis) > 1:
+        return None, None
+    taken = [n - len(index) for n, item in enumerate(index) if type(item) is int]  # True adds an axis
+    is_whole = all(item == slice(None) or item is Ellipsis or type(item) is int for item in index)
+    is_complete = Ellipsis in index or len(index) == rank
+    if not is_whole or not is_complete or len(taken) != 1 or Ellipsis in index[taken[0] :]:
+        return None, None
+    return taken[0], index[taken[0]]
 
 
 def _is_whole(call: Call) -> bool:

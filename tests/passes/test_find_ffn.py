@@ -215,6 +215,36 @@ def sliced(x: Tensor, fused: Tensor, down: Tensor) -> Tensor:
 
 
 @spelling("silu")
+def split_by_number(x: Tensor, fused: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, fused).tensor_split(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+@spelling("gelu", gate=SECOND, up=FIRST)
+def split_at_a_place(x: Tensor, fused: Tensor, down: Tensor) -> Tensor:
+    up, gate = torch.tensor_split(F.linear(x, fused), (HIDDEN,), 2)
+    return F.linear(up * F.gelu(gate), down)
+
+
+@spelling("silu")
+def unbound_rows(x: Tensor, fused: Tensor, fused_bias: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, fused, fused_bias).unflatten(-1, (2, HIDDEN)).unbind(-2)
+    return F.linear(F.silu(gate) * up, down)
+
+
+@spelling("silu", gate=EVEN, up=ODD)
+def unbound_pairs(x: Tensor, fused: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, fused).view(2, 3, HIDDEN, 2).unbind(dim=3)
+    return F.linear(F.silu(gate) * up, down)
+
+
+@spelling("silu", gate=ODD, up=EVEN)
+def viewed_as_pairs(x: Tensor, fused: Tensor, fused_bias: Tensor, down: Tensor) -> Tensor:
+    both = F.linear(x, fused, fused_bias).view(2, 3, HIDDEN, 2)
+    return F.linear(both[..., 0] * F.silu(both[:, :, :, 1]), down)
+
+
+@spelling("silu")
 def viewed_as_two_rows(x: Tensor, fused: Tensor, fused_bias: Tensor, down: Tensor) -> Tensor:
     """Moshi."""
     both = F.linear(x, fused, fused_bias).view(2, 3, 2, -1)
