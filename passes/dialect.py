@@ -149,7 +149,7 @@ _row(Kind.SUB, "input other alpha", torch.sub, torch.subtract, operator.sub, "su
 _row(Kind.MUL, "input other", torch.mul, torch.multiply, operator.mul, "mul", "multiply", "__mul__", "__rmul__",
      aten.mul, in_place=(operator.imul, "mul_", "__imul__", aten.mul_))  # fmt: skip
 _row(Kind.DIV, "input other rounding_mode", torch.div, torch.divide, torch.true_divide, operator.truediv, "div",
-     "divide", "true_divide", "__truediv__", aten.div,
+     "divide", "true_divide", "__truediv__", aten.div, aten.divide, aten.true_divide,
      in_place=(operator.itruediv, "div_", "__itruediv__", aten.div_))  # fmt: skip
 _row(
     Kind.NEG, "input", torch.neg, torch.negative, operator.neg, "neg", "__neg__", aten.neg, in_place=("neg_", aten.neg_)
@@ -190,10 +190,12 @@ _row(Kind.VIEW, "input other", "view_as", "reshape_as", aten.view_as, aten.resha
 _row(Kind.EXPAND, "input size", "expand", aten.expand, torch.broadcast_to, "broadcast_to")
 _row(Kind.EXPAND, "input other", "expand_as", aten.expand_as)
 _row(Kind.TRANSPOSE, "input dim0 dim1", "transpose", torch.transpose, aten.transpose, "swapaxes", "swapdims",
-     torch.swapaxes, torch.swapdims)  # fmt: skip
+     torch.swapaxes, torch.swapdims, aten.swapaxes, aten.swapdims)  # fmt: skip
 _row(Kind.TRANSPOSE, "input", "t", torch.t, aten.t)
 _row(Kind.PERMUTE, "input dims", "permute", torch.permute, aten.permute)
-_row(Kind.MATRIX_TRANSPOSE, "input", aten.mT)
+_row(
+    Kind.MATRIX_TRANSPOSE, "input", aten.mT, aten.mH, aten.adjoint, "adjoint", torch.adjoint
+)  # scores and weights are real
 _row(Kind.REVERSE_AXES, "input", aten.numpy_T)
 _row(Kind.UNSQUEEZE, "input dim", "unsqueeze", torch.unsqueeze, aten.unsqueeze)
 _row(Kind.SQUEEZE, "input dim", "squeeze", torch.squeeze, aten.squeeze)
@@ -219,6 +221,8 @@ _row(Kind.ADDCMUL, "input tensor1 tensor2 value", torch.addcmul, "addcmul", aten
 _row(Kind.LOGSUMEXP, "input dim keepdim", torch.logsumexp, "logsumexp", aten.logsumexp, torch.special.logsumexp)
 _row(Kind.FILLED_LIKE, "input fill_value", torch.full_like, aten.full_like)
 _row(Kind.FILLED_LIKE, "input", torch.zeros_like, torch.ones_like, aten.zeros_like, aten.ones_like)
+_row(Kind.FILLED_LIKE, "input size fill_value", "new_full", aten.new_full)
+_row(Kind.FILLED_LIKE, "input size", "new_zeros", "new_ones", aten.new_zeros, aten.new_ones)
 _row(Kind.ATTENTION, "query key value dropout_p is_causal attn_mask scale",
      aten._scaled_dot_product_flash_attention_for_cpu)  # fmt: skip
 _row(Kind.SOFTMIN, "input dim _stacklevel dtype", F.softmin)
@@ -256,7 +260,9 @@ _MODULES: dict[type[nn.Module], tuple[Kind, Callable[[Any], dict[str, Any]]]] = 
 }
 _OPAQUE_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder,
                    nn.TransformerDecoder, nn.Transformer)  # fmt: skip
-_TRANSPOSED_ATTRIBUTES: dict[Any, Kind] = {"mT": Kind.MATRIX_TRANSPOSE, "T": Kind.REVERSE_AXES}
+_TRANSPOSED_ATTRIBUTES: dict[Any, Kind] = {
+    "mT": Kind.MATRIX_TRANSPOSE, "mH": Kind.MATRIX_TRANSPOSE, "T": Kind.REVERSE_AXES,
+}  # fmt: skip
 _LISTED = {"size", "dims"}  # parameters that take what is left of the positional arguments
 
 

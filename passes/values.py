@@ -168,7 +168,11 @@ def filled_like(value: Any, scores: fx.Node) -> float | None:
         return math.prod(numbers) if None not in numbers else None  # type: ignore[arg-type]
     if call is None or call.kind != Kind.FILLED_LIKE or call["input"] is not scores or is_mutated(call.node):
         return None
-    name = getattr(call.node.target, "__name__", "")
+    shape, own = shape_of(call.node), shape_of(scores)
+    if "size" in call.arguments and (shape is None or shape not in ((), own)):
+        return None  # its shape may take part in broadcasting
+    target = call.node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
     number = 0.0 if "zeros" in name else 1.0 if "ones" in name else call.get("fill_value")
     return float(number) if isinstance(number, (int, float)) and not isinstance(number, bool) else None
 

@@ -217,6 +217,11 @@ def scores_transposed_before_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling(symbolic="shape_unknown")
+def scores_adjoint(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.adjoint((k @ q.mH).adjoint().mH).softmax(-1) @ v
+
+
+@spelling(symbolic="shape_unknown")
 def value_from_the_left(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v.transpose(-2, -1) @ (k @ q.transpose(-2, -1)).softmax(-2)
 
@@ -569,6 +574,13 @@ def filled_by_a_multiple_of_ones(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) 
     """Graph attention."""
     scores = q @ k.transpose(-2, -1)
     return torch.where(keep, scores, -9e15 * torch.ones_like(scores)).softmax(-1) @ v
+
+
+@spelling(symbolic="scores_used_elsewhere")
+def filled_by_a_new_tensor_of_one_number(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, padding: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    scores = torch.where(keep, scores, scores.new_full((), -1e9))
+    return (scores + scores.new_zeros(scores.shape).masked_fill(~padding, -INF)).softmax(-1) @ v
 
 
 @spelling()
