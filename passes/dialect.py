@@ -263,6 +263,9 @@ _OPAQUE_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfo
 _TRANSPOSED_ATTRIBUTES: dict[Any, Kind] = {
     "mT": Kind.MATRIX_TRANSPOSE, "mH": Kind.MATRIX_TRANSPOSE, "T": Kind.REVERSE_AXES,
 }  # fmt: skip
+HARDTANH = (F.hardtanh, aten.hardtanh.default)
+"""Clamps whose gradient is 0 at the bounds, where that of clamp is 1."""
+
 _LISTED = {"size", "dims"}  # parameters that take what is left of the positional arguments
 
 
@@ -287,7 +290,7 @@ def read(node: Any) -> Call | None:
         return None  # the same bits as other numbers
     if row.kind == Kind.EINSUM and len(arguments["operands"]) == 1:
         return _read_einsum_of_one(node, arguments)
-    if node.target in (F.hardtanh, aten.hardtanh.default):
+    if node.target in HARDTANH:
         arguments = {"min": -1.0, "max": 1.0, **arguments}
     if node.target in ("float", "half", "bfloat16", "double"):
         arguments["dtype"] = _CAST_METHODS[node.target]

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from topk_fx.score.language import SCORES
+from topk_fx.score.language import Call as Operation
+
 from .axes import same_shape
-from .dialect import Call, Kind, read
+from .dialect import HARDTANH, Call, Kind, read
 from .sites import Refuse, Term
 from .softmax import row_maximum
 from .values import constant_of, dtype_of, filled_like, is_scalar, shape_of
@@ -31,7 +34,7 @@ class Operand:
         return Term(self.node, stage, self.negated, self.multiplier, shape=self.shape)
 
 
-Step = tuple[str, tuple[float | Operand, ...]]
+Step = tuple[str, tuple[float | Operand | Operation, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,11 @@ def _read(call: Call, scores: fx.Node, key_dim: int) -> Reading:
         case Kind.TANH:
             return Reading((("tanh", ()),))
         case Kind.CLAMP:
-            return Reading((("clamp", _bounds(call)),))
+            low, high = _bounds(call)
+            if call.node.target in HARDTANH:
+                below, above = (Operation(name, (SCORES, bound)) for name, bound in (("le", low), ("ge", high)))
+                return Reading((("fill", (below, low)), ("fill", (above, high))))
+            return Reading((("clamp", (low, high)),))
         case Kind.MASKED_FILL:
             return Reading((("fill", (_condition(call["mask"], scores), operand("value"))),))
         case Kind.WHERE:

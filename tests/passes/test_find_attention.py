@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import (
     TRACERS,
     DecomposedExportTrace,
+    ExportTrace,
     KeepingTopK,
     SymbolicTrace,
     Trace,
@@ -250,3 +251,17 @@ def test_any_chain_of_known_steps_computes_the_reference(steps: list[str]) -> No
             expected = values_and_gradients(model, inputs)
         assert_same(values_and_gradients(rewritten, inputs), expected)
         assert report.rewritten or "shifted" in steps
+
+
+@pytest.mark.parametrize("clamp", [F.hardtanh, torch.clamp], ids=["hardtanh", "clamp"])
+def test_scores_at_the_bounds_of_a_clamp_have_its_gradient(clamp: Callable[..., Tensor]) -> None:
+    """That of hardtanh is 0 there, and that of clamp 1; the scores of a query of zeros are 0."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1)
+        return (clamp(scores, 0.0, 1.0) + scores * clamp(scores + 1, -1.0, 1.0)).softmax(-1) @ v
+
+    inputs = (torch.zeros(2, 7, 4), drawn(2, 9, 4), drawn(2, 9, 5))
+    rewritten, report, _ = ExportTrace(model, inputs).rewrite(k="all")
+    assert [site.rewritten for site in report] == [True]
+    assert_same(values_and_gradients(rewritten, inputs), values_and_gradients(model, inputs))
