@@ -161,7 +161,7 @@ def _read(softmax: Softmax, trace: Trace) -> AttentionSite:
         head_size=_summed_size(product),
         value_size=_value_size(value),
     )
-    _check_inputs(site, trace)
+    _check_inputs(site, product.node, trace)
     return site
 
 
@@ -244,7 +244,7 @@ def _check_interior(trace: Trace, output: fx.Node) -> list[fx.Node]:
     return sizes
 
 
-def _check_inputs(site: AttentionSite, trace: Trace) -> None:
+def _check_inputs(site: AttentionSite, product: fx.Node, trace: Trace) -> None:
     """What the op will read is not made of the scores, and does not change before the op reads it."""
     inputs = {site.query.node, site.key.node, site.value.node}
     inputs |= {term.node for step in (*site.steps, *site.weight_steps) for term in step.terms}
@@ -257,7 +257,8 @@ def _check_inputs(site: AttentionSite, trace: Trace) -> None:
         names = ", ".join(sorted(node.name for node in needed))
         raise Refuse("scores_used_elsewhere", f"{names}, which the attention reads, is computed from its own scores")
     nodes = trace.interior | trace.passed
-    check_span("attention", inputs, nodes, min(map(trace.order.__getitem__, nodes)), site.output, trace.order)
+    start = min(map(trace.order.__getitem__, nodes))
+    check_span("attention", inputs, nodes, start, site.output, trace.order, product)
 
 
 def _leading_scale(steps: tuple[ScoreStep, ...]) -> tuple[Any, bool, tuple[ScoreStep, ...]]:

@@ -18,15 +18,22 @@ _PASSES_ON = MOVES | {Kind.CAST, Kind.SAME, Kind.SLICE, Kind.NARROW, Kind.SELECT
 
 
 def check_span(
-    what: str, inputs: set[fx.Node], interior: Collection[fx.Node], start: int, output: fx.Node, order: Order
+    what: str,
+    inputs: set[fx.Node],
+    interior: Collection[fx.Node],
+    start: int,
+    output: fx.Node,
+    order: Order,
+    product: fx.Node | None = None,
 ) -> None:
     """Refuse if grad mode or autocast changes from position `start` to `output`, or an input is written to once read.
 
     The op stands where `output` stood. `interior` are the nodes that it replaces, or passes over, which may write to
-    each other. An input is read from where the first of them uses it.
+    each other. An input is read from where the first of them uses it. If the only other product among them is
+    `product`, then autocast may be changed and changed back between the two: it rounds what products read.
     """
     change = find_mode_change(start, output, order)
-    if change is not None:
+    if change is not None and not (product is not None and _is_autocast_restored(product, start, output, order)):
         raise Refuse("mode_changes_inside", f"grad mode or autocast changes at {change.name}, inside the {what}")
     for node in sorted(inputs, key=order.__getitem__):
         if find_writer({node}, interior, start, output, order) is None:
@@ -58,6 +65,22 @@ def find_mode_change(start: int, end: fx.Node, order: Order) -> fx.Node | None:
         if changes_mode(node):
             return node
     return None
+
+
+def _is_autocast_restored(product: fx.Node, start: int, output: fx.Node, order: Order) -> bool:
+    """Whether no mode but autocast changes from position `start` to a node, and each change ends after `product`."""
+    entered: list[fx.Node] = []
+    for node in _between(start, output, order):
+        name = getattr(node.target, "__name__", "")
+        if node is product and entered:
+            return False
+        if name == "_enter_autocast":
+            entered.append(node)
+        elif name == "_exit_autocast" and entered and node.args[0] is entered[-1]:
+            entered.pop()
+        elif changes_mode(node):
+            return False
+    return not entered
 
 
 def find_writer(

@@ -265,3 +265,23 @@ def test_scores_at_the_bounds_of_a_clamp_have_its_gradient(clamp: Callable[..., 
     rewritten, report, _ = ExportTrace(model, inputs).rewrite(k="all")
     assert [site.rewritten for site in report] == [True]
     assert_same(values_and_gradients(rewritten, inputs), values_and_gradients(model, inputs))
+
+
+@pytest.mark.parametrize("is_outer", [True, False], ids=["under_autocast", "alone"])
+def test_softmax_with_autocast_switched_off_is_rewritten(is_outer: bool) -> None:
+    """Both products see the same autocast, and what lies between them reads no product."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_outer):
+            scores = q @ k.transpose(-2, -1)
+            with torch.autocast("cpu", enabled=False):
+                weights = (scores.float() / 2).softmax(-1)
+            return weights @ v
+
+    inputs = tuple(tensors()[name] for name in "qkv")
+    rewritten, report, _ = TRACERS["dynamo"](model, inputs).rewrite(k="all")
+    assert [site.rewritten for site in report] == [True]
+    dtype = torch.bfloat16 if is_outer else torch.float32
+    actual, expected = rewritten(*inputs), model(*inputs)
+    assert actual.dtype == expected.dtype == dtype
+    assert_same(actual, expected, dtype)

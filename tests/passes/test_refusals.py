@@ -328,6 +328,17 @@ def autocast_left_for_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.float().softmax(-1) @ v
 
 
+@refused("mode_changes_inside")
+def autocast_switched_off_for_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The op would round the query and key as it rounds the value."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = q * 2
+        k = k.transpose(-2, -1)
+        with torch.autocast("cpu", enabled=False):
+            scores = q @ k
+        return scores.softmax(-1) @ v
+
+
 @refused("inputs_written_between")
 def key_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.transpose(-2, -1)).softmax(-1)
