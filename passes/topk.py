@@ -31,6 +31,7 @@ from .shared_scores import split_scores
 from .sites import AttentionSite, FFNSite, Refusal
 from .softmax import read_softmax
 from .trace import Order
+from .unread_softmax import refuse_unread_softmax
 from .validate import Validator
 from .values import attribute_of, dtype_of, shape_of, value_of
 from .where import module_path, owner_path
@@ -242,7 +243,7 @@ def find_site(node: fx.Node, order: Order) -> AttentionSite | FFNSite | Refusal 
         case Kind.OPAQUE:
             return Refusal("opaque_call", why_closed(node), node)
     softmax = read_softmax(call)
-    return None if softmax is None else find_attention(softmax, order)
+    return refuse_unread_softmax(call) if softmax is None else find_attention(softmax, order)
 
 
 def _refuse_surroundings(node: fx.Node, run: _Run) -> Refusal | None:

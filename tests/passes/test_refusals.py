@@ -134,6 +134,26 @@ def softmax_over_features_of_a_head(q_heads_last: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.transpose(-2, -1) @ v[:, :, :LQ])
 
 
+@refused("softmax_not_read")
+def softmax_of_one_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    exp = (q @ k.transpose(-2, -1)).exp()
+    return exp / (1 + exp.sum(-1, keepdim=True)) @ v
+
+
+@refused("softmax_not_read")
+def exponentials_masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    exp = (q @ k.transpose(-2, -1)).exp() * keep
+    return exp / exp.sum(-1, keepdim=True).clamp(min=1e-6) @ v
+
+
+@refused("softmax_not_read")
+def exponentials_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    scores.exp_()
+    scores.div_(scores.sum(-1, keepdim=True))
+    return scores @ v
+
+
 @refused("softmax_dim_unknown")
 def softmax_of_implicit_dim(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(q @ k.transpose(-2, -1)) @ v
