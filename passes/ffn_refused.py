@@ -31,6 +31,7 @@ _NORMS = {
     torch.sum, torch.var, "mean", "sum", "var", "norm", aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim,
     aten.batch_norm.default,
 }  # fmt: skip
+_LEARNED_ACTIVATIONS = {F.prelu, torch.prelu, "prelu", aten.prelu.default}
 _NORM_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
 _PASSING = (Kind.CAST, Kind.SAME, Kind.DROPOUT, Kind.VIEW, Kind.SQUEEZE, Kind.UNSQUEEZE, Kind.TRANSPOSE, Kind.EXPAND)
 
@@ -49,8 +50,8 @@ def refuse_ffn(down: LinearCall) -> Refusal | None:
             continue
         if len(seen) > _MOST_NODES:
             return None
-        if node.op in ("placeholder", "get_attr"):
-            if not _is_vector(node):
+        if node.op in ("placeholder", "get_attr") or (read_elementwise(node) is None and _is_factor(node)):
+            if not _is_vector(node) and not _is_factor(node):
                 return None
             obstacle = obstacle or next(iter(node.users))
             continue
@@ -59,6 +60,8 @@ def refuse_ffn(down: LinearCall) -> Refusal | None:
             is_activated |= not isinstance(operation.name, str) or operation.name in _ACTIVATIONS
         elif _is_norm(node):
             obstacle = node
+        elif node.target in _LEARNED_ACTIVATIONS:
+            obstacle, is_activated = node, True
         elif (call := read(node)) is None or call.kind not in _PASSING:
             return None
         sources = [x for x in node.all_input_nodes if x not in seen and not is_scalar(x)]
@@ -86,6 +89,12 @@ def _is_vector(node: fx.Node) -> bool:
     """Whether a tensor has one value a hidden unit, or one in all."""
     shape = shape_of(node)
     return shape is not None and all(size == 1 for size in shape[:-1])
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether a tensor has one value a token, as a mask of padding has, and is no statistic of the token's units."""
+    shape = shape_of(node)
+    return shape is not None and len(shape) > 1 and shape[-1] == 1 and not _is_norm(node)
 
 
 def _are_of_one_ffn(parts: list[Part], down: LinearCall) -> bool:

@@ -26,7 +26,7 @@ LAYERS |= {"experts_up": drawn(4, 8, 16), "experts_down": drawn(4, 16, 8)}
 LAYERS["ends"] = torch.tensor([2, 3, 7, 10], dtype=torch.int32)
 grouped_mm = torch._grouped_mm
 BYTES = torch.ones(LQ, LK, dtype=torch.uint8)
-LEARNED = nn.Parameter(torch.ones(D))
+LEARNED, SLOPE = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(1))
 NESTED = torch.nested.nested_tensor([drawn(length, H, D) for length in (2, LK)], layout=torch.jagged)
 
 
@@ -452,6 +452,17 @@ def hidden_units_returned(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, 
 @refused("hidden_not_elementwise")
 def hidden_units_normed(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.layer_norm(F.gelu(F.linear(x, up)), up.shape[:1]), down)
+
+
+@refused("hidden_not_elementwise")
+def hidden_units_of_padding_masked(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    keep = x[..., 0] > 0
+    return F.linear(F.gelu(F.linear(x, up)) * keep.unsqueeze(-1), down)
+
+
+@refused("hidden_not_elementwise")
+def hidden_units_of_a_learned_slope(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.prelu(F.linear(x, up), SLOPE), down)
 
 
 @refused("inside_vmap")
