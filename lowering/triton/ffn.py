@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topk_fx.activation import ACTIVATIONS
+
 from ..aten import sparse_ffn_backward
 from .arguments import all_registers, device_of, dot_of, power_of_two
 from .availability import is_interpreted, why_unavailable
@@ -51,6 +53,7 @@ def ffn_forward(
     """Output, unit indices and pre-activations as `aten.ffn_forward`; the kept units of a token ascend."""
     tokens, units = input.size(0), up_weight.size(0)
     kept = min(k, units)
+    function = ACTIVATIONS[activation].values_of or activation
     output = input.new_empty(tokens, down_weight.size(0))
     indices = input.new_empty(tokens, kept, dtype=torch.int32)
     up_kept = input.new_empty(tokens, kept, dtype=torch.float32)
@@ -66,7 +69,7 @@ def ffn_forward(
         keep = None if dropout_keep is None else dropout_keep[rows].contiguous().view(torch.uint8)
         with device_of(input):
             _launch(
-                input[rows], (up_weight, up_bias), (gate_weight, gate_bias), down_weight, activation, keep, dropout_p,
+                input[rows], (up_weight, up_bias), (gate_weight, gate_bias), down_weight, function, keep, dropout_p,
                 output[rows], indices[rows], up_kept[rows], gate_kept[rows],
             )  # fmt: skip
     return output, indices, up_kept, gate_kept
