@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from topk_fx.compat import CLAMP_PASSES_AT_BOUNDS
+
 aten = torch.ops.aten
 
 
@@ -263,8 +265,7 @@ _OPAQUE_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfo
 _TRANSPOSED_ATTRIBUTES: dict[Any, Kind] = {
     "mT": Kind.MATRIX_TRANSPOSE, "mH": Kind.MATRIX_TRANSPOSE, "T": Kind.REVERSE_AXES,
 }  # fmt: skip
-HARDTANH = (F.hardtanh, aten.hardtanh.default)
-"""Clamps whose gradient is 0 at the bounds, where that of clamp is 1."""
+_HARDTANH = (F.hardtanh, aten.hardtanh.default)
 
 _LISTED = {"size", "dims"}  # parameters that take what is left of the positional arguments
 
@@ -290,7 +291,7 @@ def read(node: Any) -> Call | None:
         return None  # the same bits as other numbers
     if row.kind == Kind.EINSUM and len(arguments["operands"]) == 1:
         return _read_einsum_of_one(node, arguments)
-    if node.target in HARDTANH:
+    if node.target in _HARDTANH:
         arguments = {"min": -1.0, "max": 1.0, **arguments}
     if node.target in ("float", "half", "bfloat16", "double"):
         arguments["dtype"] = _CAST_METHODS[node.target]
@@ -307,6 +308,11 @@ def _read_einsum_of_one(node: fx.Node, arguments: dict[str, Any]) -> Call | None
     if not is_permutation or sorted(letters) != sorted(output) or not isinstance(operand, fx.Node):
         return None
     return Call(Kind.PERMUTE, node, {"input": operand, "dims": tuple(letters.index(c) for c in output)})
+
+
+def stops_at_bounds(call: Call) -> bool:
+    """Whether a clamp to numbers has a gradient of 0 at its bounds, as hardtanh has in every version of torch."""
+    return call.node.target in _HARDTANH or not CLAMP_PASSES_AT_BOUNDS
 
 
 def changes_mode(node: fx.Node) -> bool:

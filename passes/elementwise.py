@@ -17,7 +17,7 @@ from torch import fx, nn
 from topk_fx.score.language import Call as Operation
 from topk_fx.score.operations import CAST_DTYPES
 
-from .dialect import HARDTANH, Call, Kind, read
+from .dialect import Call, Kind, read, stops_at_bounds
 from .values import dtype_of, is_scalar, shape_of
 
 aten = torch.ops.aten
@@ -165,10 +165,14 @@ def _read_dialect(call: Call) -> Operation | None:
             if dtype is not None and not dtype.is_floating_point:  # a bound that is missing is no number of integers
                 x = x if low is None else Operation("maximum", (x, low))
                 return Operation("minimum", (x, high)) if high is not None else x if low is not None else None
-            if call.node.target in HARDTANH:
-                low_filled = Operation("fill", (x, Operation("le", (x, bounds[0])), bounds[0]))
-                return Operation("fill", (low_filled, Operation("ge", (x, bounds[1])), bounds[1]))
-            return Operation("clamp", (x, *bounds))
+            if not stops_at_bounds(call):
+                return Operation("clamp", (x, *bounds))
+            for bound, compare, nearer in ((low, "le", "maximum"), (high, "ge", "minimum")):
+                if isinstance(bound, fx.Node) and not is_scalar(bound):
+                    x = Operation(nearer, (x, bound))
+                elif bound is not None:
+                    x = Operation("fill", (x, Operation(compare, (x, bound)), bound))
+            return x
         case Kind.MASKED_FILL:
             return Operation("fill", (x, call["mask"], call["value"]))
         case Kind.WHERE if "other" in call.arguments:

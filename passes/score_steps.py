@@ -13,7 +13,7 @@ from topk_fx.score.language import SCORES
 from topk_fx.score.language import Call as Operation
 
 from .axes import same_shape
-from .dialect import HARDTANH, Call, Kind, read
+from .dialect import Call, Kind, read, stops_at_bounds
 from .sites import Refuse, Term
 from .softmax import row_maximum
 from .values import constant_of, dtype_of, filled_like, is_scalar, shape_of
@@ -90,10 +90,10 @@ def _read(call: Call, scores: fx.Node, key_dim: int) -> Reading:
             return Reading((("tanh", ()),))
         case Kind.CLAMP:
             low, high = _bounds(call)
-            if call.node.target in HARDTANH:
-                below, above = (Operation(name, (SCORES, bound)) for name, bound in (("le", low), ("ge", high)))
-                return Reading((("fill", (below, low)), ("fill", (above, high))))
-            return Reading((("clamp", (low, high)),))
+            if not stops_at_bounds(call):
+                return Reading((("clamp", (low, high)),))
+            bounds = [(name, bound) for name, bound in (("le", low), ("ge", high)) if math.isfinite(bound)]
+            return Reading(tuple(("fill", (Operation(name, (SCORES, bound)), bound)) for name, bound in bounds))
         case Kind.MASKED_FILL:
             return Reading((("fill", (_condition(call["mask"], scores), operand("value"))),))
         case Kind.WHERE:

@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": Activation(lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x), is_relu_like=True),
     # At 0, as where a token is zero, the derivatives of these are 1 and 1/2, and that of relu 0.
     "relu_clamp": Activation(
-        lambda x: x.clamp(min=0), lambda x: (x >= 0).to(x.dtype), is_relu_like=True, values_of="relu"
+        lambda x: torch.where(x < 0, 0.0, x), lambda x: (~(x < 0)).to(x.dtype), is_relu_like=True, values_of="relu"
     ),
     "relu_maximum": Activation(
         lambda x: torch.maximum(x, x.new_zeros(())),

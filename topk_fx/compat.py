@@ -57,6 +57,17 @@ def below_autograd() -> Iterator[None]:
         yield
 
 
+def _gradient_of_clamp_at_its_bound() -> float:
+    x = torch.zeros((), requires_grad=True)
+    with torch.enable_grad():
+        return torch.autograd.grad(x.clamp(min=0), x)[0].item()
+
+
+CLAMP_PASSES_AT_BOUNDS = _gradient_of_clamp_at_its_bound() == 1
+"""Whether a number at a bound of `torch.clamp` has its gradient: in torch 2.13 it has, in 2.15 it has not. There, where
+the bound is a tensor, the two share it, as those of `maximum` do."""
+
+
 class SpecializedError(Exception):
     """Tracing took a symbolic size for a certain number; the message says which and where."""
 

@@ -189,7 +189,9 @@ class _Lines:
                 if has_axis:
                     terms.append(f"{position}.to(tl.int64) * strides[{index}][{axis}]")
                     conditions.append(f"({position} < {limit})")
-            mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+            # The interpreter of triton 3.9 makes integers of a scalar & a block, of which only a comparison is a mask.
+            where = f"({' & '.join(conditions)}) != 0" if len(conditions) > 1 else "".join(conditions)
+            mask = f", mask={where}, other=0" if where else ""
             self.operands[index] = self._load(index, f"tl.load({' + '.join(terms)}{mask})", f"x{index}")
         return self.operands[index]
 
@@ -200,7 +202,9 @@ class _Lines:
         size = f"strides[{index}][2]"  # of a table: its length, as it has no axis of queries
         position = f"tl.where({at.code} < 0, {at.code} + {size}, {at.code}).to(tl.int64) * strides[{index}][3]"
         terms = " + ".join((f"operands[{index}]", *self._head_terms(index), position))
-        return self._load(index, f"tl.load({terms}, mask=(i < queries) & (j < keys), other=0)", f"t{len(self.text)}")
+        return self._load(
+            index, f"tl.load({terms}, mask=((i < queries) & (j < keys)) != 0, other=0)", f"t{len(self.text)}"
+        )
 
     def _head_terms(self, index: int) -> tuple[str, str]:
         return f"batch.to(tl.int64) * strides[{index}][0]", f"head.to(tl.int64) * strides[{index}][1]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -21,8 +22,21 @@ INNERMOST = {"group_maxima": 170, "mark": 420}
 """Of the first kernel of that name (bfloat16, D 128, causal) on sm_90, where a warp has 2,048 scores of a tile."""
 
 
+def is_newer_than_3_8() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) > (3, 8)
+
+
+SPILLS = pytest.mark.xfail(
+    is_newer_than_3_8(), reason="with triton 3.9, gradients spills 608 bytes on sm_80, attend_to_scores 8 on sm_90"
+)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("target", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "target", [pytest.param(x, marks=[SPILLS] if x in ("cuda:80", "cuda:90") else []) for x in SHARED_MEMORY]
+)
 def test_kernels_compile_for_a_gpu_that_is_not_there(target):
     run = subprocess.run([sys.executable, "-P", PROGRAM, target], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -255,7 +255,7 @@ def test_any_chain_of_known_steps_computes_the_reference(steps: list[str]) -> No
 
 @pytest.mark.parametrize("clamp", [F.hardtanh, torch.clamp], ids=["hardtanh", "clamp"])
 def test_scores_at_the_bounds_of_a_clamp_have_its_gradient(clamp: Callable[..., Tensor]) -> None:
-    """That of hardtanh is 0 there, and that of clamp 1; the scores of a query of zeros are 0."""
+    """That of hardtanh is 0 there, and that of clamp 1, or 0, too; the scores of a query of zeros are 0."""
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-2, -1)
