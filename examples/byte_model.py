@@ -13,25 +13,29 @@ CONTEXT = 256
 
 
 class Layer(nn.Module):
-    def __init__(self, size: int, heads: int) -> None:
+    def __init__(self, size: int, heads: int, is_causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_causal = heads, is_causal
         self.norms = nn.ModuleList([nn.LayerNorm(size), nn.LayerNorm(size)])
         self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.up, self.down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, L, size]; mask, of a layer that is not causal, bool [B, 1, 1, L]: True where a key may be seen."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(self.norms[1](x))))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.is_causal)
 
 
 class ByteModel(nn.Module):
-    """Bytes [B, L], L at most CONTEXT, to logits [B, L, 256] of the next."""
+    """Bytes [B, L], L at most `context`, to logits [B, L, 256] of the next."""
 
-    def __init__(self, size: int = 128, heads: int = 4, layers: int = 3) -> None:
+    def __init__(self, size: int = 128, heads: int = 4, layers: int = 3, context: int = CONTEXT) -> None:
         super().__init__()
-        self.embedding, self.positions = nn.Embedding(256, size), nn.Embedding(CONTEXT, size)
+        self.embedding, self.positions = nn.Embedding(256, size), nn.Embedding(context, size)
         self.layers = nn.ModuleList(Layer(size, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(size)
 

@@ -80,6 +80,60 @@ def save_ratios(path: Path, title: str, baseline: str, rows: Mapping[str, Mappin
     FigureCanvasAgg(figure).print_png(path)
 
 
+def save_courses(path: Path, title: str, score: str, courses: Mapping[str, Sequence[Mapping[int, float]]]) -> None:
+    """Writes a PNG: for each rival a thin line a seed, of the score by training step, and a thick one of their mean."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, seeds) in enumerate(courses.items()):
+        steps = list(seeds[0])
+        for values in seeds:
+            axes.plot(steps, [values[step] for step in steps], color=f"C{number}", linewidth=0.7, alpha=0.6)
+        means = [sum(values[step] for values in seeds) / len(seeds) for step in steps]
+        axes.plot(steps, means, color=f"C{number}", linewidth=2.5, label=name)
+    axes.set(xlabel="training step", ylabel=score)
+    axes.legend(title="thin: each seed", fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def save_growth(
+    path: Path,
+    title: str,
+    parts: Mapping[str, str],
+    ours: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]],
+    theirs: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]],
+) -> None:
+    """Writes a PNG: a row for each part, memory on the left and time on the right, a line for each rival.
+
+    Args:
+        path: the file; its folder is made.
+        title: what was measured, on what.
+        parts: what each part is.
+        ours: for each part that was measured and each rival, by size: MiB and seconds; solid.
+        theirs: published, likewise, in GiB and seconds; dotted.
+    """
+    figure = Figure(figsize=(12, 4 * len(ours)), layout="constrained")
+    for panels, (part, rivals) in zip(figure.subplots(len(ours), 2, squeeze=False), ours.items(), strict=True):
+        names = list(dict.fromkeys([*rivals, *theirs[part]]))
+        for number, name in enumerate(names):
+            mine = [(size, mebibytes / 1024, seconds) for size, (mebibytes, seconds) in rivals.get(name, {}).items()]
+            published = [(size, *values) for size, values in theirs[part].get(name, {}).items()]
+            for points, style, label in ((mine, "o-", name), (published, "x:", f"{name}, published")):
+                for column, axes in enumerate(panels, 1):
+                    if points:
+                        axes.plot(
+                            [x[0] for x in points], [x[column] for x in points], style, color=f"C{number}", label=label
+                        )
+        for axes, label in zip(panels, ("peak memory, GiB", "time, s"), strict=True):
+            axes.set(xscale="log", yscale="log", title=parts[part], ylabel=label)
+            axes.set_xlabel("hidden size" if part == "ffn" else "length")
+        panels[1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(title, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+
+
 def _draw_quality(axes: Axes, title: str, labels: Sequence[str], values: Sequence[float], dense: float) -> None:
     axes.axhline(dense, color="grey", linestyle="--", label="dense")
     axes.plot(labels, values, marker="o", label='backend="topk"')

@@ -105,14 +105,21 @@ def write(options: argparse.Namespace, baseline: str, rows: Mapping[str, Mapping
     text = ",\n  ".join(json.dumps({"label": label, **row}) for label, row in rows.items())
     options.output.write_text("{\n" + "".join(lines) + f' "rows": [\n  {text}\n ]\n}}\n', encoding="utf-8")
     print(f"\nFigures: {options.output}")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No plot: matplotlib is not installed (pip install '.[plots]').")
+    if not has_matplotlib():
         return
     from charts import save_ratios
 
     plot = options.output.with_suffix(".png")
     save_ratios(plot, heading(options), baseline, {label: row["rivals"] for label, row in rows.items()})
     print(f"Plot: {plot}")
+
+
+def has_matplotlib() -> bool:
+    """Whether there will be a plot; if not, it is said why."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    print("No plot: matplotlib is not installed (pip install '.[plots]').")
+    return False
 
 
 def heading(options: argparse.Namespace) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 Call = Callable[[], object]
 Prepare = Callable[[], Call]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ class Measurement:
 
 
 def measure_in_turns(
-    rivals: Mapping[str, Prepare], rounds: int, deadline: float, progress: Callable[[], object]
+    rivals: Mapping[str, Prepare],
+    rounds: int,
+    deadline: float,
+    progress: Callable[[], object],
+    device: str = "cpu",
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Measurement]:
     """Times every rival once per round, in turn, so that a slow spell of the machine meets them all.
 
@@ -63,10 +70,13 @@ def measure_in_turns(
         rounds: how often each is called at most.
         deadline: no second or further round is begun that would end after this time of `time.perf_counter`.
         progress: is called whenever a rival has been prepared or measured.
+        device: where the calls run.
+        clock: by which they are timed, a function of the module time.
     """
     measurements = {name: Measurement() for name in rivals}
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(_worker(name, prepare)) for name, prepare in rivals.items()}
+        measure = functools.partial(measure_call, device=device, clock=clock)
+        workers = {name: stack.enter_context(_worker(name, prepare, measure)) for name, prepare in rivals.items()}
         for name, worker in workers.items():
             _ask(name, worker)
             progress()
@@ -95,7 +105,7 @@ def measure_in_process(
         before: runs before each call and is not timed.
     """
     clock = time.process_time if threads == 1 else time.perf_counter
-    extra_bytes = {name: _measure(call).extra_bytes for name, call in calls.items()}
+    extra_bytes = {name: measure_call(call).extra_bytes for name, call in calls.items()}
     measurements = {name: Measurement() for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -107,7 +117,7 @@ def measure_in_process(
 
 
 @contextlib.contextmanager
-def _worker(name: str, prepare: Prepare) -> Iterator[Connection]:
+def _worker(name: str, prepare: Prepare, measure: Callable[[Call], Sample]) -> Iterator[Connection]:
     # Threads that wait should sleep, not spin: the others need the cores while all prepare. Read when OpenMP is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Large tensors in huge pages: with small ones, page faults would be half of the time of eager attention.
@@ -115,7 +125,7 @@ def _worker(name: str, prepare: Prepare) -> Iterator[Connection]:
     # Spawned, not forked: a process with OpenMP threads must not be forked.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, prepare), name=name)
+    process = context.Process(target=_serve, args=(theirs, prepare, measure), name=name)
     process.start()
     theirs.close()
     try:
@@ -137,7 +147,7 @@ def _ask(name: str, worker: Connection) -> Any:
     return answer
 
 
-def _serve(connection: Connection, prepare: Prepare) -> None:
+def _serve(connection: Connection, prepare: Prepare, measure: Callable[[Call], Sample]) -> None:
     """Prepares, then answers each request, with the traceback if something fails, until the other end is closed."""
     with contextlib.suppress(EOFError, ConnectionError):
         try:
@@ -145,19 +155,35 @@ def _serve(connection: Connection, prepare: Prepare) -> None:
             connection.recv()
             connection.send(None)
             while connection.recv():
-                connection.send(_measure(call))
+                connection.send(measure(call))
         except Exception:
             connection.send(traceback.format_exc())
 
 
-def _measure(call: Call) -> Sample:
+def measure_call(call: Call, device: str = "cpu", clock: Clock = time.perf_counter) -> Sample:
+    """Calls once. Memory is what is resident in this process or, on a GPU, what torch's allocator has given out."""
     gc.collect()
+    if device != "cpu":
+        return _measure_on_gpu(call, device, clock)
     _return_freed_memory()
     before = _reset_peak_memory()
-    start = time.perf_counter()
+    start = clock()
     call()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return Sample(seconds, None if before is None else _memory("VmHWM") - before)
+
+
+def _measure_on_gpu(call: Call, device: str, clock: Clock) -> Sample:
+    import torch
+
+    memory, synchronize = torch.get_device_module(device), torch.accelerator.synchronize
+    synchronize()
+    memory.reset_peak_memory_stats()
+    before = memory.memory_allocated()
+    start = clock()
+    call()
+    synchronize()
+    return Sample(clock() - start, memory.max_memory_allocated() - before)
 
 
 def _return_freed_memory() -> None:
