@@ -38,6 +38,9 @@ from .where import module_path, owner_path
 
 _INDEX_BYTES = _WEIGHT_BYTES = 4
 
+_USED_ELSEWHERE = {"probabilities_used_elsewhere", "scores_used_elsewhere"}
+"""Reasons of an attention, which torch 2.11 gives those in a torch.autograd.Function: its graph returns all values."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
@@ -104,7 +107,9 @@ class TopKPass:
     def _rewrite_node(self, node: fx.Node, order: Order, run: _Run) -> Iterator[SiteReport]:
         """The report on the candidate that a node anchors, if it does."""
         site = _find_or_refuse(node, order)
-        if isinstance(site, Refusal):
+        if isinstance(site, Refusal) and site.reason in _USED_ELSEWHERE and node.graph in run.own_gradients:
+            yield _refused(_own_gradient(node))
+        elif isinstance(site, Refusal):
             yield self._rewrite_sharing(site, node, order, run)
         elif isinstance(site, AttentionSite):
             yield self._rewrite_attention(site, run)
@@ -253,8 +258,7 @@ def _refuse_surroundings(node: fx.Node, run: _Run) -> Refusal | None:
     tells how to shard the op; and a gradient that is written beside a dense form is not that of top-k.
     """
     if node.graph in run.own_gradients:
-        detail = f"{node.name} is computed in a torch.autograd.Function, whose own gradient would not be that of top-k"
-        return Refusal("custom_gradient", detail, node)
+        return _own_gradient(node)
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return None
@@ -270,6 +274,11 @@ def _refuse_surroundings(node: fx.Node, run: _Run) -> Refusal | None:
         detail = f"{node.name} has the gradient of a gradient taken, which the op has not"
         return Refusal("inside_second_derivative", detail, node)
     return None
+
+
+def _own_gradient(node: fx.Node) -> Refusal:
+    detail = f"{node.name} is computed in a torch.autograd.Function, whose own gradient would not be that of top-k"
+    return Refusal("custom_gradient", detail, node)
 
 
 def _levels_around(node: fx.Node, transform: str) -> int:
