@@ -36,7 +36,7 @@ class Writer:
         self.conditions: list[tuple[str, str]] = []
         self.names = 0
         self.softmaxes = 0
-        self.hides_keys = False
+        self.has_sdpa = False
         self.has_huge = False
         self.returned: list[str] = []
         self.dtype = self.coarsest = self.choose(*[torch.float64] * 12, *_ORDER[1:])
@@ -72,8 +72,8 @@ class Writer:
 
     def program(self) -> Program:
         special = None
-        if self.chance(12) and "k" in self.inputs and self.inputs["k"].kind == "normal":
-            special = ("q" if self.hides_keys else self.choose("q", "k"), self.choose(math.nan, math.inf, -math.inf))
+        if not self.has_sdpa and self.chance(12) and "k" in self.inputs and self.inputs["k"].kind == "normal":
+            special = (self.choose("q", "k"), self.choose(math.nan, math.inf, -math.inf))
         for lines in (self.lines, self.reference):
             lines.append(f"return {', '.join(self.returned)}")
         return Program(
@@ -648,8 +648,8 @@ class Writer:
         self._lengths(query, lead + "id", (key, key_lead + "jd"))
         arguments = []
         mask = self.choose("none", "none", "bool", "float", "causal")
-        # torch adds -inf to the NaN of a key that a mask hides from SDPA, and the op does not look at it.
-        self.hides_keys |= mask in ("bool", "causal")
+        # torch's kernel makes a row of NaN 0, and adds -inf to the NaN of a key that a mask hides.
+        self.has_sdpa = True
         if mask == "bool":
             condition, own = self.condition(lead + "ij")
             arguments.append(f"attn_mask={self.fit(condition, own, lead + 'ij')}")
