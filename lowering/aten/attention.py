@@ -281,9 +281,8 @@ def _backward_part(
         factor = dropout_factor(~weights.signbit(), dropout_p, dtype)
         summed, grad_weights = summed * factor, grad_weights * factor
     grad_value = with_values.scatter_rows(grad, summed)
-    if function.after:  # whose derivative may be infinite at the 0 of a slot without a key
-        found = operand_grads.differentiate(function.after, probabilities, grad_weights, indices)
-        grad_weights = torch.where(indices >= 0, found, 0)
+    if function.after:
+        grad_weights = operand_grads.differentiate(function.after, probabilities, grad_weights, indices)
     expected = (probabilities * grad_weights).sum(-1, keepdim=True)
     grad_scores = probabilities * (grad_weights - expected)
     if function.sink is not None:
@@ -310,12 +309,13 @@ class OperandGrads:
             return grad
         wanted = [index for index, total in enumerate(self.sums) if total is not None]
         grad, found = differentiate(program, scores, grad, self.positions, wanted)
+        # A slot with no key reads scores and operands that are no key's, and there the derivative may be infinite.
+        has_key = indices >= 0
         for operand in found:
-            # A slot with no key has a gradient of 0, or of NaN where the whole row has: then it is no key's.
-            at_keys = torch.where(indices >= 0, operand.grad, 0)
+            at_keys = torch.where(has_key, operand.grad, 0)
             entries = self.positions.indices if operand.entries is None else operand.entries
             self.add(operand.index, at_keys, entries.expand(at_keys.shape))
-        return grad
+        return torch.where(has_key, grad, 0)
 
     def add(self, index: int, grad: Tensor, entries: Tensor) -> None:
         """Adds grad [B, Hq, Lq, n] to the sum of an operand [B|1, Hq|1, Lq|1, Lk|1] at its entries."""

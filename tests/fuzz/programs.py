@@ -136,11 +136,13 @@ class Keeping:
         """softmax over dim of the k largest; `sink` is a logit [..., 1] more in the denominator of the last axis."""
         moved = scores.transpose(dim, -1)
         self._measure(moved)
-        kept = topk_fx.reference.topk_softmax(moved, self.k, empty_row=empty_row)
-        if sink is not None:
-            chosen = moved.masked_fill(kept == 0, -math.inf)
-            kept = torch.cat([chosen, sink], -1).softmax(-1)[..., :-1]
-        return kept.transpose(dim, -1)
+        if sink is None:
+            return topk_fx.reference.topk_softmax(moved, self.k, empty_row=empty_row).transpose(dim, -1)
+        indices = topk_fx.reference.select(moved, self.k, empty_row=empty_row)[1]
+        indices = indices.masked_fill(indices < 0, moved.size(-1))
+        is_kept = torch.zeros_like(F.pad(moved, (0, 1)), dtype=torch.bool).scatter(-1, indices, True)[..., :-1]
+        chosen = moved.masked_fill(~is_kept, -math.inf)
+        return torch.cat([chosen, sink], -1).softmax(-1)[..., :-1].transpose(dim, -1)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
         groups = query.size(-3) // key.size(-3) if arguments.get("enable_gqa") else 1

@@ -74,6 +74,14 @@ def test_root_of_probabilities_has_no_gradient_where_no_key_is_kept() -> None:
     torch.testing.assert_close(gradients[0][0], torch.zeros(2, dtype=torch.float64))
 
 
+def test_root_of_scores_has_no_gradient_where_no_key_is_kept() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(torch.arange(5) > torch.arange(3)[:, None], -math.inf)
+        return (s.sign() * s.abs().sqrt()).softmax(-1) @ v
+
+    assert check(model, *drawn((3, 4), (5, 4), (5, 4))) == [""]
+
+
 def test_cast_to_integers_has_no_gradient() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
