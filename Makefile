@@ -107,7 +107,7 @@ $(VENV)/.quality: $(VENV)/.demo
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find examples/results -type f ! -name zoo.md ! -name 'gpu_*' ! -name 'cpu_*' ! -name 'quality.*' ! -name 'train_*' -delete 2>/dev/null || true
+	find examples/results -type f ! -name zoo.md ! -name 'gpu_*' ! -name 'cpu_*' ! -name 'quality.*' ! -name 'train_*' ! -name 'fine_tune.*' -delete 2>/dev/null || true
 	find topk_fx passes lowering tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

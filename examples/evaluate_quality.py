@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512], help="keys kept")
     parser.add_argument("--windows", type=int, default=8, help="windows of 1,024 tokens")
     parser.add_argument("--long-windows", type=int, default=2, help="windows of 4,096 tokens")
-    parser.add_argument("--pages", type=int, default=300, help="manual pages to search among")
+    parser.add_argument("--pages", type=int, default=652, help="manual pages to search among, evenly spread by name")
     parser.add_argument("--steps", type=int, default=800, help="training steps of the ReLU model")
     parser.add_argument("--length", type=int, default=12288, help="tokens of the text longer than the trained length")
     parser.add_argument("--budget", type=float, default=0.02, help="increase of perplexity that calibration may take")

@@ -8,7 +8,9 @@ import random
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import fine_tune
 import listops
 import paper_code
 from listops import Bounds
@@ -76,6 +78,30 @@ def test_training_writes_scores_of_both_models(name, score, tmp_path, capsys):
     assert set(tables["Each seed"]) == {f"{model}, seed {n}" for model in ("vanilla", topk) for n in (0, 1)}
     assert all(score in row for row in (*tables["Over all seeds"].values(), *tables["Each seed"].values()))
     assert "## Over all seeds" in capsys.readouterr().out
+
+
+def test_fine_tuning_sets_each_rival_beside_the_dense_model_with_the_same_training(tmp_path, monkeypatch):
+    """Keeping all but one key or unit is nearly dense; keeping few costs something."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, attn_implementation="sdpa",
+        )
+    ).eval()  # fmt: skip
+    monkeypatch.setattr(fine_tune.smollm2, "load_model", lambda _: model)
+    monkeypatch.setattr(fine_tune, "load_tokens", lambda _: torch.arange(2000) * 7 % 40)
+    output = tmp_path / "fine_tune"
+    settings = "--k 1 23 --units 0.97 --length 24 --train-windows 10 --windows 4 --steps 6 --lr 0.01 --inner aot_eager"
+    fine_tune.main([*settings.split(), "--output", str(output)])
+    (table,) = json.loads(output.with_suffix(".json").read_text())["tables"]
+    rows = table["rows"]
+    assert list(rows) == ["dense", "k=1", "k=23", "97% of the units"]
+    assert rows["dense"]["tuned dense"] == rows["dense"]["tuned so"] < rows["dense"]["perplexity before"]
+    for state in ("before", "tuned dense", "tuned so"):
+        for name in ("k=23", "97% of the units"):
+            assert rows[name][f"of dense, {state}"]["value"] == pytest.approx(1, abs=1e-3)
+    assert rows["k=1"]["of dense, tuned dense"]["value"] > 1.001
 
 
 @pytest.mark.slow
