@@ -697,6 +697,8 @@ class Writer:
             f"{up} * {up}.sigmoid()", f"F.softmax({up}, -1)", f"{up} * {up}", f"F.relu({up}) + 1", f"torch.pow(F.relu({up}), 2.0)",
             f"{up} * F.gelu({up})", f"F.gelu({up}.float())" if self.dtype == torch.float32 else f"F.relu(-{up})",
         ))  # fmt: skip
+        if self.chance(16) and "softmax" not in self.lines[-1]:
+            hidden = self.bind("h", f"{hidden} + {up}")  # relu(-x) + x is a ReLU, too
         is_softmax = "softmax" in self.lines[-1]  # an attention, whose keys and values are the weights
         if is_softmax:
             self.softmaxes += 1
@@ -713,7 +715,7 @@ class Writer:
         self.emit(f"{kept} = {hidden}", f"{kept} = {hidden if is_softmax else f'keeping.hidden({hidden})'}")
         if self.chance(4):
             kept = self.bind("h", self.choose(f"F.dropout({kept}, 0.3, training=False)", f"F.dropout({kept}, 0.0)", f"{kept}.clone()",
-                                              f"{kept} * 2", f"F.layer_norm({kept}, (7,))", f"{kept} + {up}", f"{kept}.flip(-1)"))  # fmt: skip
+                                              f"{kept} * 2", f"F.layer_norm({kept}, (7,))", f"{kept}.flip(-1)"))  # fmt: skip
         output = self.bind("out", linear(kept, "down", "o", "f"))
         if self.chance(8):
             output = self.bind("out", f"{output} + " + linear(kept, "down", "o", "f"))
