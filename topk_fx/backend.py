@@ -51,6 +51,7 @@ def topk_backend(
     pays = functools.partial(lowering.pays, lowering=chosen)
     run = TopKPass(config, chosen, pays, lowering.lowering_to_run, lowering.ffn_lowering_of)
     report = run(gm, f"graph {next(_graph_numbers)}")
+    lowering.register_for(report)
     _reports.append(report)
     log.info("%s", report)
     return compile_with(config.inner, gm, example_inputs, inductor_options, cache_identity(chosen))

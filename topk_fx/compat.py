@@ -225,3 +225,106 @@ def _cpp_cache() -> Any:
         cpp_compile_command_flags: dict[str, Any] = {"include_pytorch": False, "shared": True}  # noqa: RUF012
 
     return KernelCache
+
+
+def inductor_autotunes() -> bool:
+    """Whether Inductor has been asked to try kernels: `max_autotune`."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune)
+
+
+def register_inductor_lowering(op: Any, lower: Callable[[Sequence[Any], Sequence[Any]], Any]) -> None:
+    """Has Inductor ask `lower` what to put in the place of a call of an op, where it would else call the op itself.
+
+    `lower` is given the arguments as Inductor holds them and as fake values, and returns what stands for the results,
+    or None for a call of the op.
+    """
+    from torch._inductor import lowering as inductor
+    from torch._library.utils import get_layout_constraint_tag
+
+    call = inductor.fallback_handler(op, add_to_fallback_set=False)
+    names = [argument.name for argument in op._schema.arguments]
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        arguments = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+        found = lower(arguments, _values_of_lowered_call(len(args), names))
+        return call(*args, **kwargs) if found is None else found
+
+    constraint = inductor.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+    inductor.add_needs_realized_inputs(op)
+    if constraint is not None:
+        inductor.add_layout_constraint(op, constraint)
+    inductor.register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+def _values_of_lowered_call(positional: int, names: Sequence[str]) -> list[Any]:
+    """The arguments of the call that Inductor lowers, fake."""
+    from torch._inductor.virtualized import V
+
+    node = V.graph.current_node
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])
+    return [*args, *(kwargs[name] for name in names[positional:] if name in kwargs)]
+
+
+def lower_as_graph(function: Callable[..., Any], arguments: Sequence[Any], values: Sequence[Any]) -> Any:
+    """While Inductor lowers a call: traces a function of its fake arguments, and lowers that graph in its place.
+
+    Args:
+        function: may launch Triton kernels by `torch.library.wrap_triton`.
+        arguments: of the call, as Inductor holds them.
+        values: the same, fake.
+    """
+    from torch._inductor import ir
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import process_subgraph_nodes
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils import _pytree as pytree
+
+    leaves, spec = pytree.tree_flatten(list(values))
+    places = [n for n, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+
+    def on_tensors(*tensors: torch.Tensor) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return function(*pytree.tree_unflatten(filled, spec))
+
+    with V.fake_mode:
+        traced = make_fx(on_tensors, decomposition_table=select_decomp_table())(*(leaves[n] for n in places))
+    held = pytree.tree_leaves(list(arguments), is_leaf=lambda x: isinstance(x, ir.IRNode))
+    # The launches are written for these strides; Inductor would only see to their order.
+    inputs = [ir.ExternKernel.require_exact_strides(held[n], leaves[n].stride()) for n in places]
+    with _accesses_of_each_kernel_found_once():
+        return process_subgraph_nodes(traced, inputs)
+
+
+@contextlib.contextmanager
+def _accesses_of_each_kernel_found_once() -> Iterator[None]:
+    """Inductor compiles a kernel to see what it reads and writes, twice for each launch: 60 ms each time."""
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    name = "identify_accessed_tensors" if hasattr(wrap, "identify_accessed_tensors") else "identify_mutated_tensors"
+    find = getattr(wrap, name)
+
+    def find_once(kernel: Any, kwargs: dict[str, Any], *rest: Any) -> Any:
+        key = (kernel, *((name, _kind_of_argument(x)) for name, x in kwargs.items()))
+        if any(rest) or key not in _accesses:
+            _accesses[key] = find(kernel, kwargs, *rest)
+        return _accesses[key]
+
+    setattr(wrap, name, find_once)
+    try:
+        yield
+    finally:
+        setattr(wrap, name, find)
+
+
+_accesses: dict[Any, Any] = {}
+
+
+def _kind_of_argument(x: Any) -> Any:
+    """Of a tensor its dtype, on which a kernel's code depends; a number is its own."""
+    dtype = x.get_dtype() if hasattr(x, "get_dtype") else getattr(x, "dtype", None)
+    return x if dtype is None else dtype

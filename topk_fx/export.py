@@ -37,7 +37,9 @@ def rewrite(program: Program, config: ConfigSource | None = None, **options: Any
     pays = functools.partial(lowering.pays, lowering=chosen)
     run = TopKPass(settings, chosen, pays, lowering.lowering_of, lowering.ffn_lowering_of)
     if isinstance(program, ExportedProgram):
-        return _rewrite_exported(program, run)  # type: ignore[return-value]
+        rewritten, report = _rewrite_exported(program, run)
+        lowering.register_for(report)  # of AOTInductor, which may compile it next
+        return rewritten, report  # type: ignore[return-value]
     if isinstance(program, fx.GraphModule):
         module = copy_graph_module(program)
         return module, run(module, _name(program))

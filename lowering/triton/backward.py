@@ -12,6 +12,7 @@ from topk_fx.score import Score
 from ..aten import attention_backward as aten_backward
 from ..plain_gradients import keeps_gradients
 from .arguments import device_of, operand_arguments, power_of_two, score_function, with_dense_rows
+from .launch import Launch, launch_now
 
 KEPT_BUDGET = 2**25
 """Kept entries that the parts of the backward work on at a time where no one kernel does it all."""
@@ -29,20 +30,10 @@ def attention_backward(
     weights: Tensor,
     dropout_p: float,
     operand_needs_grad: Sequence[bool],
+    launch: Launch = launch_now,
 ) -> list[Tensor]:
     """The gradients as `aten.attention_backward`."""
-    kept = weights.size(-1)
-    columns = power_of_two(max(query.size(-1), value.size(-1)), 16)
-    function = Score.parse(score)
-    only_masks, only_adds = keeps_gradients(function.before, operands)
-    is_simple = (
-        (only_masks or only_adds)
-        and not function.after
-        and not any(operand_needs_grad)
-        and not torch.are_deterministic_algorithms_enabled()
-        and power_of_two(kept) * columns <= 2**14
-    )
-    if not is_simple or 0 in (grad.numel(), weights.numel()):
+    if not is_one_kernel(grad, query, value, operands, score, weights, operand_needs_grad):
         return aten_backward(
             grad, query, key, value, operands, score, scale, indices, weights, dropout_p, operand_needs_grad,
             sparse_products=TritonProducts, kept_budget=KEPT_BUDGET,
@@ -55,18 +46,47 @@ def attention_backward(
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    function, kept = Score.parse(score), weights.size(-1)
     lanes = power_of_two(kept)
+    _, only_adds = keeps_gradients(function.before, operands)
     has_mask = not only_adds and str(function) != "causal"  # under a causal mask alone every row has a key
-    with device_of(query):
-        gradients[(batch * heads * queries,)](
-            query, key, value, grad, indices.contiguous(), weights.contiguous(), grad_query, grad_key, grad_value,
-            *(x.stride()[:3] for x in (query, key, value, grad)), heads, heads // key.size(1), heads // value.size(1),
-            queries, keys, float(scale), *operand_arguments(function, operands, query), kept,
-            1 / (1 - dropout_p) if dropout_p < 1 else 0.0, score=score_function(function.before, function, operands),
-            HAS_MASK=has_mask, HAS_DROPOUT=dropout_p > 0, D=depth, BD=power_of_two(depth, 16), DV_SIZE=value_size,
-            BDV=power_of_two(value_size, 16), BK=lanes, num_warps=max(1, min(16, lanes * columns // 2048)),
-        )  # fmt: skip
+    warps = max(1, min(16, lanes * _columns(query, value) // 2048))
+    launch(
+        gradients, (batch * heads * queries,),
+        (query, key, value, grad, indices.contiguous(), weights.contiguous(), grad_query, grad_key, grad_value,
+         *(x.stride()[:3] for x in (query, key, value, grad)), heads, heads // key.size(1), heads // value.size(1),
+         queries, keys, float(scale), *operand_arguments(function, operands, query), kept,
+         1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
+        {"score": score_function(function.before, function, operands), "HAS_MASK": has_mask,
+         "HAS_DROPOUT": dropout_p > 0, "D": depth, "BD": power_of_two(depth, 16), "DV_SIZE": value_size,
+         "BDV": power_of_two(value_size, 16), "BK": lanes, "num_warps": warps},
+    )  # fmt: skip
     return [grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)]
+
+
+def is_one_kernel(
+    grad: Tensor,
+    query: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    weights: Tensor,
+    operand_needs_grad: Sequence[bool],
+) -> bool:
+    """Whether one kernel computes all gradients: it adds to those of keys, and knows no derivative but of masks."""
+    function = Score.parse(score)
+    return (
+        0 not in (grad.numel(), weights.numel())
+        and any(keeps_gradients(function.before, operands))
+        and not function.after
+        and not any(operand_needs_grad)
+        and not torch.are_deterministic_algorithms_enabled()
+        and power_of_two(weights.size(-1)) * _columns(query, value) <= 2**14
+    )
+
+
+def _columns(query: Tensor, value: Tensor) -> int:
+    return power_of_two(max(query.size(-1), value.size(-1)), 16)
 
 
 class TritonProducts:

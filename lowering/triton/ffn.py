@@ -10,9 +10,10 @@ from torch import Tensor
 from topk_fx.activation import ACTIVATIONS
 
 from ..aten import sparse_ffn_backward
-from .arguments import all_registers, device_of, dot_of, power_of_two
+from .arguments import all_registers, dot_of, power_of_two
 from .availability import is_interpreted, why_unavailable
 from .backward import TritonProducts
+from .launch import Launch, launch_now
 
 MOST_UNITS = 2**15
 """A token's hidden units are selected in registers."""
@@ -49,6 +50,7 @@ def ffn_forward(
     k: int,
     dropout_keep: Tensor | None,
     dropout_p: float,
+    launch: Launch = launch_now,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, unit indices and pre-activations as `aten.ffn_forward`; the kept units of a token ascend."""
     tokens, units = input.size(0), up_weight.size(0)
@@ -65,17 +67,16 @@ def ffn_forward(
             return output, indices, up_kept, gate_kept
     step = max(TOKENS_OF_TILE, SCRATCH_BYTES // (12 * units))
     for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        keep = None if dropout_keep is None else dropout_keep[rows].contiguous().view(torch.uint8)
-        with device_of(input):
-            _launch(
-                input[rows], (up_weight, up_bias), (gate_weight, gate_bias), down_weight, function, keep, dropout_p,
-                output[rows], indices[rows], up_kept[rows], gate_kept[rows],
-            )  # fmt: skip
+        count = min(step, tokens - start)
+        x, *found = (y.narrow(0, start, count) for y in (input, output, indices, up_kept, gate_kept))
+        keep = None if dropout_keep is None else dropout_keep.narrow(0, start, count).contiguous().view(torch.uint8)
+        _compute(
+            x, (up_weight, up_bias), (gate_weight, gate_bias), down_weight, function, keep, dropout_p, *found, launch
+        )
     return output, indices, up_kept, gate_kept
 
 
-def _launch(
+def _compute(
     x: Tensor,
     up_layer: tuple[Tensor, Tensor | None],
     gate_layer: tuple[Tensor | None, Tensor | None],
@@ -87,6 +88,7 @@ def _launch(
     indices: Tensor,
     up_kept: Tensor,
     gate_kept: Tensor,
+    launch: Launch,
 ) -> None:
     """The three kernels, for so many tokens at a time. A tensor that there is not has another in its place."""
     from .kernels.ffn import hidden_units, project_down, select_units
@@ -99,23 +101,28 @@ def _launch(
     hidden = torch.empty(tokens, kept, dtype=torch.float32, device=x.device)
     keys = torch.empty(tokens, units, dtype=torch.int32, device=x.device)
     tile = _tile(x)
-    hidden_units[(-(-units // tile["BN"]), -(-tokens // TOKENS_OF_TILE))](
-        x, up_weight, x if up_bias is None else up_bias, gate_matrix, x if gate_bias is None else gate_bias, up, gate,
-        keys, x.stride(), up_weight.stride(), gate_matrix.stride(), tokens, units, size, ACTIVATION=activation,
-        HAS_GATE=has_gate, HAS_UP_BIAS=up_bias is not None, HAS_GATE_BIAS=gate_bias is not None, BM=TOKENS_OF_TILE,
-        **dot_of(x), **tile, **all_registers(),
+    launch(
+        hidden_units, (-(-units // tile["BN"]), -(-tokens // TOKENS_OF_TILE)),
+        (x, up_weight, x if up_bias is None else up_bias, gate_matrix, x if gate_bias is None else gate_bias, up, gate,
+         keys, x.stride(), up_weight.stride(), gate_matrix.stride(), tokens, units, size),
+        {"ACTIVATION": activation, "HAS_GATE": has_gate, "HAS_UP_BIAS": up_bias is not None,
+         "HAS_GATE_BIAS": gate_bias is not None, "BM": TOKENS_OF_TILE, **dot_of(x), **tile, **all_registers()},
     )  # fmt: skip
     lanes = power_of_two(units)
-    select_units[(tokens,)](
-        up, gate, keys, x if keep is None else keep, indices, up_kept, gate_kept, hidden, units, kept,
-        1 / (1 - dropout_p) if dropout_p < 1 else 0.0, ACTIVATION=activation, HAS_GATE=has_gate,
-        HAS_DROPOUT=keep is not None, N=lanes, BLOCK=min(1024, lanes), num_warps=max(1, min(16, lanes // 512)),
+    launch(
+        select_units, (tokens,),
+        (up, gate, keys, x if keep is None else keep, indices, up_kept, gate_kept, hidden, units, kept,
+         1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
+        {"ACTIVATION": activation, "HAS_GATE": has_gate, "HAS_DROPOUT": keep is not None, "N": lanes,
+         "BLOCK": min(1024, lanes), "num_warps": max(1, min(16, lanes // 512))},
     )  # fmt: skip
     if outputs:
         blocks = 16
-        project_down[(-(-outputs // blocks), tokens)](
-            down_weight, indices, hidden, output, down_weight.stride(), outputs, kept, BO=blocks,
-            BLOCK=min(128, power_of_two(kept)), STAGES=2, num_warps=4,
+        launch(
+            project_down, (-(-outputs // blocks), tokens),
+            (down_weight, indices, hidden, output, down_weight.stride(), outputs, kept),
+            {"BO": blocks, "BLOCK": min(128, power_of_two(kept)), "STAGES": 2, "num_warps": 4},
+            [{"STAGES": 3}, {"num_warps": 2}],
         )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from topk_fx.score import Score
 from .arguments import (
     all_registers,
     broadcast_strides,
-    device_of,
     dot_of,
     multiprocessors,
     operand_arguments,
@@ -24,6 +23,7 @@ from .arguments import (
     with_dense_rows,
 )
 from .availability import is_interpreted
+from .launch import Choice, Launch, launch_now
 from .score_code import without_causal_mask
 
 SCRATCH_BYTES = 2**30
@@ -50,6 +50,11 @@ class BlockSizes:
     warps: int
     stages: int
 
+    @property
+    def choices(self) -> list[Choice]:
+        """What else `max_autotune` may try; sizes of tiles are left, as the scratch memory is made for them."""
+        return [] if is_interpreted() else [{"STAGES": 2 if self.stages != 2 else 3}, {"num_warps": 2 * self.warps}]
+
     @classmethod
     def of(cls, query: Tensor) -> BlockSizes:
         """Sizes that compile without spills; those of 16-bit heads up to 128 are the fastest of a dozen on an H100."""
@@ -74,6 +79,7 @@ def attention_forward(
     dropout_keep: Tensor | None,
     dropout_p: float,
     zero_empty_rows: bool,
+    launch: Launch = launch_now,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, indices and weights as `aten.attention_forward`; the kept keys of a row ascend.
 
@@ -91,13 +97,12 @@ def attention_forward(
     query, key, value = map(with_dense_rows, (query, key, value))
     call = _Forward(
         query, key, value, Score.parse(score), tuple(operands), float(scale), kept, dropout_keep, dropout_p,
-        zero_empty_rows, output, indices, weights,
+        zero_empty_rows, output, indices, weights, launch,
     )  # fmt: skip
-    with device_of(query):
-        if queries * (heads // key.size(1)) <= DECODE_ROWS:
-            call.decode()
-        else:
-            call.prefill()
+    if queries * (heads // key.size(1)) <= DECODE_ROWS:
+        call.decode()
+    else:
+        call.prefill()
     return output, indices, weights
 
 
@@ -118,6 +123,7 @@ class _Forward:
     output: Tensor
     indices: Tensor
     weights: Tensor
+    launch: Launch
 
     def prefill(self) -> None:
         from .kernels.bound import group_maxima, thresholds
@@ -151,26 +157,35 @@ class _Forward:
             count = min(at_once, blocks - first_block)
             place = (first_block, blocks_a_head)
             described = (*self._strides_of_scores, *place, *self._lengths, *self._scoring)
-            group_maxima[(count,)](
-                self.query, self.key, maxima, *described, parts, STEP=step, **tiles | {"BN": size.bound_keys}
-            )
-            thresholds[(count * size.queries,)](
-                maxima, threshold, groups, self.kept, N=power_of_two(groups), num_warps=1 if groups <= 1024 else 4
-            )
-            mark[(count,)](self.query, self.key, threshold, words, *described, row_words, **tiles)
-            list_marked[(count * size.queries,)](
-                words, lists, counts, *place, heads, queries, keys, row_words, CAUSAL=is_causal, BM=size.queries,
-                CAPACITY=capacity, BLOCK=min(128, power_of_two(row_words, 32)), num_warps=1,
+            self.launch(
+                group_maxima, (count,), (self.query, self.key, maxima, *described, parts),
+                {"STEP": step, **tiles, "BN": size.bound_keys}, size.choices,
             )  # fmt: skip
-            recollect[(count,)](
-                self.query, self.key, threshold, lists, scores, counts, *described, self.kept, CAPACITY=capacity,
-                **tiles | {"num_warps": 8}, **all_registers(),
+            self.launch(
+                thresholds, (count * size.queries,), (maxima, threshold, groups, self.kept),
+                {"N": power_of_two(groups), "num_warps": 1 if groups <= 1024 else 4},
+            )  # fmt: skip
+            self.launch(
+                mark, (count,), (self.query, self.key, threshold, words, *described, row_words), tiles, size.choices
+            )
+            self.launch(
+                list_marked, (count * size.queries,),
+                (words, lists, counts, *place, heads, queries, keys, row_words),
+                {"CAUSAL": is_causal, "BM": size.queries, "CAPACITY": capacity,
+                 "BLOCK": min(128, power_of_two(row_words, 32)), "num_warps": 1},
+            )  # fmt: skip
+            self.launch(
+                recollect, (count,),
+                (self.query, self.key, threshold, lists, scores, counts, *described, self.kept),
+                {"CAPACITY": capacity, **tiles, "num_warps": 8, **all_registers()},
             )  # fmt: skip
             warps = max(1, capacity // 512)
-            attend[(count * size.queries,)](
-                self.query, self.key, lists, scores, counts, *described, *self._finishing, score=score, D=depth,
-                BD=power_of_two(depth, 16), BM=size.queries, **self._finishing_constants(warps),
-                num_warps=warps,
+            self.launch(
+                attend, (count * size.queries,),
+                (self.query, self.key, lists, scores, counts, *described, *self._finishing),
+                {"score": score, "D": depth, "BD": power_of_two(depth, 16), "BM": size.queries,
+                 **self._finishing_constants(warps), "num_warps": warps},
+                [{"num_warps": 2 * warps}],
             )  # fmt: skip
 
     def decode(self) -> None:
@@ -192,15 +207,20 @@ class _Forward:
         tiles_a_program = max(
             1, -(-tiles * batch * key_heads // (DECODE_PROGRAMS * multiprocessors(self.query.device)))
         )
-        row_scores[(-(-tiles // tiles_a_program), batch * key_heads)](
-            self.query, self.key, scores, maxima, *self._strides_of_scores, *self._lengths, *self._scoring,
-            tiles_a_program, score=self._score_functions[0], D=depth, BD=power_of_two(depth, 16), BM=DECODE_ROWS,
-            BN=tile, **dot_of(self.query), STAGES=2, num_warps=4,
+        self.launch(
+            row_scores, (-(-tiles // tiles_a_program), batch * key_heads),
+            (self.query, self.key, scores, maxima, *self._strides_of_scores, *self._lengths, *self._scoring,
+             tiles_a_program),
+            {"score": self._score_functions[0], "D": depth, "BD": power_of_two(depth, 16), "BM": DECODE_ROWS,
+             "BN": tile, **dot_of(self.query), "STAGES": 2, "num_warps": 4},
+            [{"STAGES": 3}, {"num_warps": 8}],
         )  # fmt: skip
-        attend_to_scores[(rows,)](
-            scores, maxima, read, lists, list_scores, heads, queries, keys, *self._scoring[1:], *self._finishing,
-            BN=tile, N=power_of_two(tiles), STRETCH=stretch, LONGEST=longest, **self._finishing_constants(warps),
-            num_warps=warps,
+        self.launch(
+            attend_to_scores, (rows,),
+            (scores, maxima, read, lists, list_scores, heads, queries, keys, *self._scoring[1:], *self._finishing),
+            {"BN": tile, "N": power_of_two(tiles), "STRETCH": stretch, "LONGEST": longest,
+             **self._finishing_constants(warps), "num_warps": warps},
+            [{"num_warps": warps // 2}],
         )  # fmt: skip
 
     @functools.cached_property

@@ -1,0 +1,136 @@
+"""Where Inductor calls an op of ours by its Triton kernels: it launches them from the code that it generates.
+
+An op is else an opaque call of that code, which C++ and ATen stay. Its kernels are traced as a graph of launches and
+allocations, and that is lowered in its place: Inductor plans the memory between them, captures them in CUDA graphs, and
+writes them into packages of AOTInductor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topk_fx.compat import lower_as_graph, register_inductor_lowering
+from topk_fx.report import RewriteReport
+
+from . import triton
+from .choice import ffn_lowering_of, lowering_of
+from .triton.availability import is_interpreted
+from .triton.backward import is_one_kernel
+from .triton.launch import launch_in_graph
+
+
+def register_for(report: RewriteReport) -> None:
+    """Tells Inductor of the ops if one in a rewritten graph is computed by Triton kernels."""
+    if any(site.lowering == "triton" for site in report):
+        register()
+
+
+@functools.cache
+def register() -> None:
+    """Tells Inductor of the ops, once in a process."""
+    ops = torch.ops.topk_fx
+    for op, launches in (
+        (ops.attention_forward.default, _attention_forward),
+        (ops.attention_backward.default, _attention_backward),
+        (ops.ffn_forward.default, _ffn_forward),
+    ):
+        register_inductor_lowering(op, functools.partial(_lower, launches))
+
+
+def _lower(launches: Callable[..., Callable[..., Any] | None], arguments: Sequence[Any], values: Sequence[Any]) -> Any:
+    """What Inductor shall put in the place of a call, or None for the call itself.
+
+    Args:
+        launches: for fake tensors what computes the op by launches, or None.
+        arguments: of the call, as Inductor holds them.
+        values: of the call, fake.
+    """
+    if is_interpreted() or not all(map(_is_known, values)):
+        return None
+    function = launches(*values)
+    return None if function is None else lower_as_graph(function, arguments, values)
+
+
+def _is_known(x: Any) -> bool:
+    """Whether no size or number of an argument is symbolic."""
+    if isinstance(x, Tensor):
+        return all(isinstance(n, int) for n in (*x.shape, *x.stride()))
+    if isinstance(x, (list, tuple)):
+        return all(map(_is_known, x))
+    return not isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    zero_empty_rows: bool,
+    lowering: str = "",
+    min_slots: int = 0,
+) -> Callable[..., Any] | None:
+    name, _ = lowering_of(lowering, (query, key, value, operands, score, scale, k))
+    if name != "triton" or min_slots > min(k, key.size(-2)) or 0 in (query.numel(), key.numel(), value.numel()):
+        return None
+
+    def launches(*arguments: Any) -> tuple[Tensor, ...]:
+        return triton.attention_forward(*arguments[:10], launch=launch_in_graph)
+
+    return launches
+
+
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: Sequence[Tensor],
+    score: str,
+    scale: float,
+    indices: Tensor,
+    weights: Tensor,
+    dropout_p: float,
+    operand_needs_grad: Sequence[bool],
+    lowering: str = "",
+) -> Callable[..., Any] | None:
+    name, _ = lowering_of(lowering, (query, key, value, operands, score, scale, indices.size(-1)))
+    if name != "triton" or not is_one_kernel(grad, query, value, operands, score, weights, operand_needs_grad):
+        return None
+
+    def launches(*arguments: Any) -> list[Tensor]:
+        return triton.attention_backward(*arguments[:11], launch=launch_in_graph)
+
+    return launches
+
+
+def _ffn_forward(
+    input: Tensor,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    activation: str,
+    k: int,
+    dropout_keep: Tensor | None,
+    dropout_p: float,
+    lowering: str = "",
+) -> Callable[..., Any] | None:
+    name, _ = ffn_lowering_of(lowering, (input, up_weight))
+    if name != "triton" or 0 in (input.numel(), down_weight.numel()):
+        return None
+
+    def launches(*arguments: Any) -> tuple[Tensor, ...]:
+        return triton.ffn_forward(*arguments[:10], launch=launch_in_graph)
+
+    return launches
