@@ -34,26 +34,37 @@ def register_for(report: RewriteReport) -> None:
 def register() -> None:
     """Tells Inductor of the ops, once in a process."""
     ops = torch.ops.topk_fx
-    for op, launches in (
-        (ops.attention_forward.default, _attention_forward),
-        (ops.attention_backward.default, _attention_backward),
-        (ops.ffn_forward.default, _ffn_forward),
+    for op, serves, function, taken in (
+        (ops.attention_forward.default, _serves_attention_forward, triton.attention_forward, 10),
+        (ops.attention_backward.default, _serves_attention_backward, triton.attention_backward, 11),
+        (ops.ffn_forward.default, _serves_ffn_forward, triton.ffn_forward, 10),
     ):
-        register_inductor_lowering(op, functools.partial(_lower, launches))
+        register_inductor_lowering(op, functools.partial(_lower, serves, function, taken))
 
 
-def _lower(launches: Callable[..., Callable[..., Any] | None], arguments: Sequence[Any], values: Sequence[Any]) -> Any:
+def _lower(
+    serves: Callable[..., bool],
+    function: Callable[..., Any],
+    taken: int,
+    arguments: Sequence[Any],
+    values: Sequence[Any],
+) -> Any:
     """What Inductor shall put in the place of a call, or None for the call itself.
 
     Args:
-        launches: for fake tensors what computes the op by launches, or None.
+        serves: whether launches can compute the op for its fake arguments.
+        function: what launches the kernels.
+        taken: how many of the arguments it takes.
         arguments: of the call, as Inductor holds them.
-        values: of the call, fake.
+        values: the same, fake.
     """
-    if is_interpreted() or not all(map(_is_known, values)):
+    if is_interpreted() or not all(map(_is_known, values)) or not serves(*values):
         return None
-    function = launches(*values)
-    return None if function is None else lower_as_graph(function, arguments, values)
+
+    def launches(*given: Any) -> Any:
+        return function(*given[:taken], launch=launch_in_graph)
+
+    return lower_as_graph(launches, arguments, values)
 
 
 def _is_known(x: Any) -> bool:
@@ -65,7 +76,7 @@ def _is_known(x: Any) -> bool:
     return not isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _attention_forward(
+def _serves_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -78,18 +89,13 @@ def _attention_forward(
     zero_empty_rows: bool,
     lowering: str = "",
     min_slots: int = 0,
-) -> Callable[..., Any] | None:
+) -> bool:
     name, _ = lowering_of(lowering, (query, key, value, operands, score, scale, k))
-    if name != "triton" or min_slots > min(k, key.size(-2)) or 0 in (query.numel(), key.numel(), value.numel()):
-        return None
-
-    def launches(*arguments: Any) -> tuple[Tensor, ...]:
-        return triton.attention_forward(*arguments[:10], launch=launch_in_graph)
-
-    return launches
+    has_elements = 0 not in (query.numel(), key.numel(), value.numel())
+    return name == "triton" and min_slots <= min(k, key.size(-2)) and has_elements
 
 
-def _attention_backward(
+def _serves_attention_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -102,18 +108,12 @@ def _attention_backward(
     dropout_p: float,
     operand_needs_grad: Sequence[bool],
     lowering: str = "",
-) -> Callable[..., Any] | None:
+) -> bool:
     name, _ = lowering_of(lowering, (query, key, value, operands, score, scale, indices.size(-1)))
-    if name != "triton" or not is_one_kernel(grad, query, value, operands, score, weights, operand_needs_grad):
-        return None
-
-    def launches(*arguments: Any) -> list[Tensor]:
-        return triton.attention_backward(*arguments[:11], launch=launch_in_graph)
-
-    return launches
+    return name == "triton" and is_one_kernel(grad, query, value, operands, score, weights, operand_needs_grad)
 
 
-def _ffn_forward(
+def _serves_ffn_forward(
     input: Tensor,
     up_weight: Tensor | None,
     up_bias: Tensor | None,
@@ -125,12 +125,6 @@ def _ffn_forward(
     dropout_keep: Tensor | None,
     dropout_p: float,
     lowering: str = "",
-) -> Callable[..., Any] | None:
+) -> bool:
     name, _ = ffn_lowering_of(lowering, (input, up_weight))
-    if name != "triton" or 0 in (input.numel(), down_weight.numel()):
-        return None
-
-    def launches(*arguments: Any) -> tuple[Tensor, ...]:
-        return triton.ffn_forward(*arguments[:10], launch=launch_in_graph)
-
-    return launches
+    return name == "triton" and 0 not in (input.numel(), down_weight.numel())

@@ -4,6 +4,7 @@
     forward, backward       which of them run for given tensors, with which block sizes
     ffn                     the same for FFNs
     arguments, score_code   how tensors and score functions are handed to them
+    launch                  whether they are started at once, or from code that Inductor generates
     kernels/
       bound                 a threshold for each query, below its k-th largest score        \\
       collect               the keys at or above it                                          | prefill, training

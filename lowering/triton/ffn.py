@@ -68,11 +68,14 @@ def ffn_forward(
     step = max(TOKENS_OF_TILE, SCRATCH_BYTES // (12 * units))
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
-        x, *found = (y.narrow(0, start, count) for y in (input, output, indices, up_kept, gate_kept))
+        x, out, kept_indices, up, gate = (
+            y.narrow(0, start, count) for y in (input, output, indices, up_kept, gate_kept)
+        )
         keep = None if dropout_keep is None else dropout_keep.narrow(0, start, count).contiguous().view(torch.uint8)
         _compute(
-            x, (up_weight, up_bias), (gate_weight, gate_bias), down_weight, function, keep, dropout_p, *found, launch
-        )
+            x, (up_weight, up_bias), (gate_weight, gate_bias), down_weight, function, keep, dropout_p,
+            out, kept_indices, up, gate, launch,
+        )  # fmt: skip
     return output, indices, up_kept, gate_kept
 
 

@@ -14,6 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
@@ -94,6 +95,7 @@ def install() -> None:
     CudaInterface.Worker.current_device = staticmethod(zero)
     driver.set_active(Driver())
     triton_helpers.set_driver_to_gpu = nothing
+    fake_tensor.init_gpu_context = nothing
 
 
 def generated_code(function: Callable[..., Any], tensors: Sequence[Tensor], **options: Any) -> str:

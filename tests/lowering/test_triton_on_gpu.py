@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from topk_fx.lowering import aten, triton
 from topk_fx.lowering.triton.availability import is_interpreted
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from triton_cases import CASES, assert_near, check, inputs_of
 
 import topk_fx
@@ -67,7 +70,7 @@ class Block(nn.Module):
         return x + F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_model_trains_as_the_dense_one_with_every_key(mode, dtype):
     model = Block().to("cuda", dtype)
@@ -81,6 +84,23 @@ def test_compiled_model_trains_as_the_dense_one_with_every_key(mode, dtype):
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() / b.norm() < tolerance
     assert [site.lowering for site in topk_fx.reports()[-1].sites] == ["triton"]
+
+
+def test_generated_code_launches_the_kernels():
+    model, x = Block().to("cuda"), torch.randn(2, 700, 256, device="cuda")
+    compiled = torch.compile(model, backend="topk", options={"k": 20, "lowering": "triton"})
+    _, parts = run_and_get_code(lambda: compiled(x).square().sum().backward())
+    code = "\n".join(parts)
+    assert all(re.search(rf"topk_fx_{name}_\d+\.run\(", code) for name in ("group_maxima", "attend", "gradients"))
+    assert not re.search(r"torch\.ops\.topk_fx\.\w+\.default\(", code)
+
+
+def test_package_of_aot_inductor_computes_what_the_program_does(tmp_path):
+    model, x = Block().to("cuda").eval(), torch.randn(2, 700, 256, device="cuda")
+    program, report = topk_fx.rewrite(torch.export.export(model, (x,)), k=20, lowering="triton")
+    assert [site.lowering for site in report] == ["triton"]
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), program.module()(x))
 
 
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
