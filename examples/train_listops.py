@@ -24,7 +24,7 @@ import training
 from byte_model import Layer
 from listops import CLASSES, PAD, VOCABULARY, Bounds, draw_dataset
 
-DEFAULTS = {"steps": 2000, "batch": 32, "k": [4], "lr": 2e-3, "size": 64, "heads": 4, "layers": 2}
+DEFAULTS = {"steps": 2000, "batch": 32, "k": [4, 8], "lr": 2e-3, "size": 64, "heads": 4, "layers": 2}
 QUICK = {
     "shortest": 5, "length": 15, "depth": 2, "samples": 64, "test_samples": 16, "seeds": [0, 1], "steps": 4,
     "batch": 8, "k": [2], "size": 16, "heads": 2, "layers": 1, "evaluations": 2, "inner": "aot_eager",

