@@ -1,6 +1,6 @@
 # make test    lint, type check and tests         make demo    the demo on SmolLM2-135M
 # make lint    ruff and mypy                      make zoo     tiny models of every Hugging Face architecture against dense
-# make quality perplexity, accuracy and retrieval by what is kept; tables and a plot (half an hour)
+# make quality perplexity, accuracy and retrieval by what is kept; tables and a plot (an hour)
 # make clean   remove what the other targets wrote, but no virtual environment
 # make fuzz    draw programs and check that they are rewritten exactly or not at all: FUZZ_MINUTES=10
 #

@@ -1,6 +1,6 @@
 """What top-k attention and top-k FFNs cost in quality, on real weights and real text, without retraining.
 
-    make quality                                         everything; about half an hour on two quiet cores
+    make quality                                         everything; about an hour on two cores
     python examples/evaluate_quality.py --quick          a smaller sample of everything
     python examples/evaluate_quality.py --parts ffn      one part: attention, retrieval, ffn, length
 

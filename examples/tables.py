@@ -25,7 +25,8 @@ class Table:
         columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
         lines = [f"## {self.title}", "", self.note, "", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
         for name, row in self.rows.items():
-            lines.append(f"| {name} | {' | '.join(_text(row.get(column, '')) for column in columns)} |")
+            cells = [name.replace("|", "\\|"), *(_text(row.get(column, "")) for column in columns)]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
 
