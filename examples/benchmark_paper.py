@@ -6,13 +6,13 @@
 
 Forward and backward of three things, as in the paper: causal attention of 12 heads of 64, its queries, keys and
 values given, against the length; an FFN of 768 with ReLU against its hidden size; and a model of 12 such layers of
-both, with top-k in its attention alone, against the length. Each point is measured in a fresh process: after a call
-that warms up, the time of a call, and how far memory rises in it above what is resident, gradients included. A rival
-is left out from the size on where it would take more than --gibibytes or --seconds, by its last size and quadratic
-growth. "paper's code" is written in the manner of the paper's code, in examples/paper_code.py; the columns "paper"
-are read from the paper's own plots, in float32 on a GPU of 2021. Growth is the least-squares slope of log(memory)
-over log(size). Figures go to examples/results/cpu_paper.md and .json, and a plot, laid out as the paper's, beside
-them.
+both, with top-k in its attention alone, against the length; of the model's rivals SDPA is compiled by Inductor, as
+top-k is. Each point is measured in a fresh process: after a call that warms up, the time of a call, and how far memory
+rises in it above what is resident, gradients included. A rival is left out from the size on where it would take more
+than --gibibytes or --seconds, by its last size and quadratic growth. "paper's code" is written in the manner of the
+paper's code, in examples/paper_code.py; the columns "paper" are read from the paper's own plots, in float32 on a GPU
+of 2021. Growth is the least-squares slope of log(memory) over log(size). Figures go to
+examples/results/cpu_paper.md and .json, and a plot, laid out as the paper's, beside them.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ PARTS = {
     "ffn": "FFN of 768, against its hidden size",
     "model": "12 layers of 768, against the length",
 }
+FIT_FROM = {"attention": 2048, "ffn": 2048, "model": 512}
 Points = dict[str, dict[int, tuple[float, float]]]
 """For each rival by size: MiB and seconds."""
 
@@ -105,7 +106,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gibibytes", type=float, default=6.0, help="memory that a call may take")
     parser.add_argument("--seconds", type=float, default=60.0, help="time that a call may take")
     parser.add_argument(
-        "--fit-from", type=int, default=2048, help="the least length or hidden size that growth is fitted on"
+        "--fit-from", type=int, help=f"the least length or hidden size that growth is fitted on; default: {FIT_FROM}"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or another of torch's")
     parser.add_argument("--threads", type=int, default=1, help="on cpu 1 makes the clock the CPU time, else the wall")
@@ -179,7 +180,9 @@ def prepare_call(part: str, rival: str, k: int, size: int, options: argparse.Nam
 def attention_call(rival: str, k: int, length: int, options: argparse.Namespace) -> Call:
     inputs = [torch.randn(1, HEADS, length, DEPTH, device=options.device, requires_grad=True) for _ in range(3)]
     grad = torch.randn(1, HEADS, length, DEPTH, device=options.device)
-    attend = _compiled(attention_of(rival, k, options.chunk), rival, k=k)
+    attend = attention_of(rival, k, options.chunk)
+    if rival == TOPK:
+        attend = compile_topk(attend, inner="eager", k=k)
     return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
 
 
@@ -196,8 +199,9 @@ def ffn_call(rival: str, k: int, hidden: int, options: argparse.Namespace) -> Ca
         PAPERS: functools.partial(paper_code.topk_ffn, k=k, chunk=options.chunk),
         TOPK: paper_code.vanilla_ffn,
     }[rival]
-    run = _compiled(ffn, rival, k="all", ffn_k=k)
-    return lambda: torch.autograd.grad(run(*inputs), inputs, grad)
+    if rival == TOPK:
+        ffn = compile_topk(ffn, inner="eager", k="all", ffn_k=k)
+    return lambda: torch.autograd.grad(ffn(*inputs), inputs, grad)
 
 
 def model_call(rival: str, k: int, length: int, options: argparse.Namespace) -> Call:
@@ -206,7 +210,11 @@ def model_call(rival: str, k: int, length: int, options: argparse.Namespace) -> 
     for layer in model.layers:
         layer.attend = lambda query, key, value, mask: attend(query, key, value)
     ids = torch.randint(256, (1, length), device=options.device)
-    run = _compiled(model, rival, k=k, ffn_k="all")
+    run: Callable[..., Any] = model
+    if rival == SDPA:
+        run = torch.compile(model, fullgraph=True, dynamic=False)
+    elif rival == TOPK:
+        run = compile_topk(model, k=k)
 
     def step() -> None:
         F.cross_entropy(run(ids)[0], ids[0]).backward()
@@ -227,11 +235,8 @@ def attention_of(rival: str, k: int, chunk: int) -> Callable[[Tensor, Tensor, Te
     }[rival]
 
 
-def _compiled(function: Callable[..., Any], rival: str, **options: Any) -> Callable[..., Any]:
-    """Top-k as backend="topk" makes it, with the rest of the graph run eagerly as that of every other rival."""
-    if rival != TOPK:
-        return function
-    return torch.compile(function, backend="topk", fullgraph=True, dynamic=False, options={"inner": "eager", **options})
+def compile_topk(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return torch.compile(function, backend="topk", fullgraph=True, dynamic=False, options=options)
 
 
 def points_table(part: str, points: Points, options: argparse.Namespace) -> Table:
@@ -249,7 +254,7 @@ def points_table(part: str, points: Points, options: argparse.Namespace) -> Tabl
 def growth_table(part: str, points: Points, options: argparse.Namespace) -> Table:
     rows: dict[str, dict[str, Any]] = {}
     for name, by_size in points.items():
-        sizes = [size for size in by_size if size >= options.fit_from]
+        sizes = [size for size in by_size if size >= (options.fit_from or FIT_FROM[part])]
         if len(sizes) > 1:
             exponents = [slope(sizes, [by_size[size][n] for size in sizes]) for n in range(2)]
             rows[name] = {"memory": round(exponents[0], 3), "time": round(exponents[1], 3)}
