@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for what in options.what:
         for facts, calls, empty_caches in {"prefill": prefill, "decode": decode}[what](options):
-            counts = check(calls)
+            counts = check(calls, getattr(torch, facts["dtype"]))
             kept = facts["k"] * max(1, counts.screened)
             seconds = measure(calls, options, empty_caches)
             row = {
@@ -133,14 +133,16 @@ def decode_calls(query: Tensor, key: Tensor, value: Tensor, k: int) -> Calls:
     }
 
 
-def check(calls: Calls) -> screening.Counts:
-    """Screened and plain agree in each bit; this warms all rivals up, too. Returns what became of the screened rows."""
+def check(calls: Calls, dtype: torch.dtype) -> screening.Counts:
+    """Screened and plain agree but for rounding, which can decide between keys of nearly the same score in one row of a
+    thousand; this warms all rivals up, too. Returns what became of the screened rows."""
     calls[DENSE]()
     expected = calls[PLAIN]()
     with screening.forced(True) as counts:
         actual = calls[SCREENED]()
-    if not actual.equal(expected):
-        raise AssertionError("screening changed the result")
+    is_other = (actual.float() - expected.float()).abs().amax(-1) > 16 * torch.finfo(dtype).eps
+    if is_other.float().mean() > 1e-3:
+        raise AssertionError(f"screening changed {is_other.sum()} of {is_other.numel()} rows")
     return counts
 
 

@@ -13,6 +13,13 @@ namespace topk {
 // What became of the rows.
 struct ScreeningCounts {
   int64_t screened, left, survivors;
+
+  // From any thread.
+  void add(int64_t more_screened, int64_t more_left, int64_t more_survivors) {
+    __atomic_fetch_add(&screened, more_screened, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&left, more_left, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&survivors, more_survivors, __ATOMIC_RELAXED);
+  }
 };
 
 // A copy of the keys in int8: for each head [panel][quad][PANEL] and facts [panel][3][PANEL], the step, lost and left of
@@ -58,6 +65,7 @@ class Arena {
     return result;
   }
   size_t used() const { return used_; }
+  bool is_counting() const { return !data_; }  // how much would be used
 
  private:
   std::byte* data_;

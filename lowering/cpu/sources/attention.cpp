@@ -210,8 +210,8 @@ extern "C" int64_t attention_forward(const topk::ForwardArguments* arguments) {
     if (is_few) {
       topk::decode(*arguments);
 #if defined(TOPK_AVX512_VNNI)
-    } else if (arguments->screens && topk::can_screen(*arguments)) {
-      topk::prefill_screened(*arguments);
+    } else if (arguments->screens && topk::can_screen(arguments->depth, arguments->scale)) {
+      topk::ScreenedPrefill(*arguments).run();
 #endif
     } else {
       topk::prefill(*arguments);

@@ -22,6 +22,11 @@ constexpr int MAX_INT8_DEPTH = 512;  // up to it the sums of products, and the s
 constexpr float MAX_INT8_NORM = 0x1p40f;  // larger rows, infinities and NaN are not rounded
 constexpr float SMALLEST_STEP = 0x1p-60f;
 
+// Also a scale whose product with a sum rounds as one of ordinary size does.
+inline bool can_screen(int64_t depth, double scale) {
+  return depth <= MAX_INT8_DEPTH && std::fabs(scale) >= 0x1p-20 && std::fabs(scale) <= 0x1p20;
+}
+
 inline int64_t quads_of(int64_t depth) { return (depth + 3) / 4; }
 inline int64_t padded(int64_t depth) { return rounded_up(depth, LANES); }
 
@@ -118,8 +123,8 @@ inline void widen(const T* row, int64_t depth, float* x) {
 
 // Of a panel of keys: their common step, and what is needed of them for bounds, for every key an upper bound.
 struct PanelFacts {
-  float step, inverse_step;
-  float lost;  // |k' - k^| and the rounding
+  float step;
+  float lost;  // |k' - k^| and the rounding; infinite if a key is not within MAX_INT8_NORM
   float left;  // |k^|
 };
 
@@ -137,20 +142,22 @@ float mean_key(int64_t keys, int64_t depth, Row row_at, float* mean) {
   return norm_bound(squared_norm_of(mean, width), depth);
 }
 
-// One panel of up to PANEL keys, [quad][PANEL] of four columns, 128 added to each; zeros beyond the last key. Returns
-// whether all of them are within MAX_INT8_NORM.
+// In which lane of a panel its n-th key is, so that packing the two vectors of its products to one of int16, which takes
+// four of each in turn, brings the keys in order.
+inline int64_t packed_lane(int64_t n) { return n / 8 * 4 + n % 4 + (n % 8 < 4 ? 0 : LANES); }
+
+// One panel of up to PANEL keys, [quad][PANEL] of four columns, 128 added to each; zeros beyond the last key.
 template <typename Row>
-bool round_panel(int64_t count, int64_t depth, Row row_at, const float* mean, float mean_norm, uint32_t* panel,
-                 PanelFacts& facts) {
+PanelFacts round_panel(int64_t count, int64_t depth, Row row_at, const float* mean, float mean_norm, uint32_t* panel) {
   const int64_t width = padded(depth), quads = quads_of(depth);
   alignas(64) float rows[PANEL][MAX_INT8_DEPTH];
   alignas(64) int8_t integers[MAX_INT8_DEPTH];
   float longest = 0;
-  facts = {SMALLEST_STEP, 0, 0, 0};
+  PanelFacts facts{SMALLEST_STEP, 0, 0};
   for (int64_t j = 0; j < count; j++) {
     widen(row_at(j), depth, rows[j]);
     const float norm = norm_bound(squared_norm_of(rows[j], width), depth);
-    if (!(norm + mean_norm <= MAX_INT8_NORM)) return false;
+    if (!(norm + mean_norm <= MAX_INT8_NORM)) return {SMALLEST_STEP, INF, 0};
     longest = std::max(longest, norm);
     for (int64_t c = 0; c < width; c += LANES) store(rows[j] + c, _mm512_sub_ps(load(rows[j] + c), load(mean + c)));
     rotate(rows[j], depth);
@@ -166,12 +173,11 @@ bool round_panel(int64_t count, int64_t depth, Row row_at, const float* mean, fl
     for (int64_t n = 0; n < quads; n++) {
       uint32_t quad;
       std::memcpy(&quad, integers + 4 * n, sizeof(quad));
-      panel[n * PANEL + j] = quad ^ 0x80808080;
+      panel[n * PANEL + packed_lane(j)] = quad ^ 0x80808080;
     }
   }
-  facts.inverse_step = 1 / facts.step;
   facts.lost += roundings(depth) * (longest + mean_norm);
-  return true;
+  return facts;
 }
 
 // --- Queries
@@ -201,20 +207,22 @@ inline bool round_query(const Query* row, int64_t depth, float sign, uint32_t* g
 
 // --- Products
 
-// sums[r] = sum over the quads of query r times the keys of a panel. In one piece of assembly: GCC 12 spills the sums.
+// sums[r] = queries[0][r] + sum over the quads n of queries[1 + n][r] times the keys of a panel. In one piece of assembly:
+// GCC 12 spills the sums.
 inline __attribute__((always_inline)) void multiply_int8(const uint32_t* queries, const uint32_t* panel, int64_t quads,
                                                          __m512i (&sums)[GROUP_ROWS][2]) {
   static_assert(GROUP_ROWS == 12 && PANEL == 32);
-#define TOPK_CLEAR(low, high) "vpxord %" low ", %" low ", %" low "\n\tvpxord %" high ", %" high ", %" high "\n\t"
+#define TOPK_START(offset, low, high) "vpbroadcastd " offset "(%[queries]), %" low "\n\tvmovdqa64 %" low ", %" high "\n\t"
 #define TOPK_ROW(offset, query, low, high)               \
   "vpbroadcastd " offset "(%[queries]), %%" query "\n\t" \
   "vpdpbusd %%" query ", %%zmm30, %" low "\n\t"          \
   "vpdpbusd %%" query ", %%zmm31, %" high "\n\t"
 #define TOPK_SUMS(r) "=&v"(sums[r][0]), "=&v"(sums[r][1])
   asm volatile(
-      TOPK_CLEAR("0", "1") TOPK_CLEAR("2", "3") TOPK_CLEAR("4", "5") TOPK_CLEAR("6", "7") TOPK_CLEAR("8", "9")
-      TOPK_CLEAR("10", "11") TOPK_CLEAR("12", "13") TOPK_CLEAR("14", "15") TOPK_CLEAR("16", "17")
-      TOPK_CLEAR("18", "19") TOPK_CLEAR("20", "21") TOPK_CLEAR("22", "23")
+      TOPK_START("0", "0", "1") TOPK_START("4", "2", "3") TOPK_START("8", "4", "5") TOPK_START("12", "6", "7")
+      TOPK_START("16", "8", "9") TOPK_START("20", "10", "11") TOPK_START("24", "12", "13") TOPK_START("28", "14", "15")
+      TOPK_START("32", "16", "17") TOPK_START("36", "18", "19") TOPK_START("40", "20", "21") TOPK_START("44", "22", "23")
+      "add $48, %[queries]\n\t"
       "1:\n\t"
       "vmovdqu64 (%[panel]), %%zmm30\n\t"
       "vmovdqu64 64(%[panel]), %%zmm31\n\t"
@@ -231,7 +239,7 @@ inline __attribute__((always_inline)) void multiply_int8(const uint32_t* queries
         [quads] "+r"(quads)
       :
       : "zmm28", "zmm29", "zmm30", "zmm31", "memory", "cc");
-#undef TOPK_CLEAR
+#undef TOPK_START
 #undef TOPK_ROW
 #undef TOPK_SUMS
 }

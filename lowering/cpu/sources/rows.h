@@ -50,31 +50,52 @@ class Buffer {
   std::byte* data_;
 };
 
+template <typename T>
+constexpr int DOT_COLUMNS = IN_PAIRS<T> ? 2 * LANES : LANES;  // that one vector of products takes
+
+// products[n] += x[column ..] * rows[n][column ..], with VECTORS vectors of x in registers.
+template <int VECTORS, typename T>
+inline void add_products(const T* x, const T* const (&rows)[LANES], int64_t column, Vec (&products)[LANES]) {
+  constexpr int STEP = DOT_COLUMNS<T>;
+#if defined(TOPK_AVX512_BF16)
+  if constexpr (IN_PAIRS<T>) {
+    __m512i factors[VECTORS];
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; c++) factors[c] = _mm512_loadu_si512(x + column + c * STEP);
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; n++)
+#pragma GCC unroll 8
+      for (int c = 0; c < VECTORS; c++)
+        products[n] = _mm512_dpbf16_ps(products[n], (__m512bh)_mm512_loadu_si512(rows[n] + column + c * STEP),
+                                       (__m512bh)factors[c]);
+    return;
+  }
+#endif
+  Vec factors[VECTORS];
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; c++) factors[c] = load(x + column + c * STEP);
+#pragma GCC unroll 16
+  for (int n = 0; n < LANES; n++)
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; c++) products[n] = fma(load(rows[n] + column + c * STEP), factors[c], products[n]);
+}
+
 // Lane n of the result is the dot product of x and rows[n].
 template <typename T>
 Vec dots(const T* x, const T* const (&rows)[LANES], int64_t columns) {
-  constexpr int STEP = IN_PAIRS<T> ? 2 * LANES : LANES;
-  const int64_t whole = columns / STEP * STEP;
+  constexpr int STEP = DOT_COLUMNS<T>;
   Vec products[LANES];
 #pragma GCC unroll 16
-  for (int n = 0; n < LANES; n++) {
-    Vec total = zero();
-    for (int64_t c = 0; c < whole; c += STEP) {
-#if defined(TOPK_AVX512_BF16)
-      if constexpr (IN_PAIRS<T>)
-        total = _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(rows[n] + c), (__m512bh)_mm512_loadu_si512(x + c));
-      else
-#endif
-        total = fma(load(rows[n] + c), load(x + c), total);
-    }
-    products[n] = total;
-  }
+  for (int n = 0; n < LANES; n++) products[n] = zero();
+  int64_t column = 0;
+  for (; column + 4 * STEP <= columns; column += 4 * STEP) add_products<4>(x, rows, column, products);
+  for (; column + STEP <= columns; column += STEP) add_products<1>(x, rows, column, products);
   Vec total = sums(products);
-  if (whole < columns) {
+  if (column < columns) {
     float rest[LANES];
     for (int n = 0; n < LANES; n++) {
       rest[n] = 0;
-      for (int64_t c = whole; c < columns; c++) rest[n] += to_float(rows[n][c]) * to_float(x[c]);
+      for (int64_t c = column; c < columns; c++) rest[n] += to_float(rows[n][c]) * to_float(x[c]);
     }
     total = add(total, load(rest));
   }
@@ -122,7 +143,7 @@ void add_columns(const T* row, const int64_t* offsets, const float* weights, int
 // Calls with the number of vectors, 8, 4, 2 or 1, and the first column of each block of columns, and for what is left
 // with 0 vectors.
 template <typename Function>
-void for_column_blocks(int64_t columns, Function function) {
+void for_column_blocks(int64_t columns, const Function& function) {
   int64_t column = 0;
   while (column < columns) {
     const int64_t vectors = (columns - column) / LANES;

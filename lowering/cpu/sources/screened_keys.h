@@ -6,7 +6,9 @@
 
 #include <optional>
 
-#include "screening.h"
+#include "int8.h"
+#include "survivors.h"
+#include "tiles.h"
 
 namespace topk {
 
@@ -137,7 +139,7 @@ class FewScan {
     for (int r = 0; r < FEW_ROWS; r++) s_.bounds[r] = {0, 0, 0};
     for (int r = 0; r < tile_.rows; r++) {
       int32_t* list = s_.lists + r * 3 * limits_.capacity;
-      s_.rows[r] = {{list, list + limits_.capacity}, reinterpret_cast<float*>(list + 2 * limits_.capacity), false};
+      s_.rows[r] = {{list, list + limits_.capacity}, reinterpret_cast<float*>(list + 2 * limits_.capacity)};
       s_.rows[r].lower.clear();
       const Query* row = row_of<Query>(a_.query, tile_.batch, scratch_.positions[r].head, scratch_.positions[r].query);
       if (!round_query(row, a_.depth, a_.scale < 0 ? -1 : 1, s_.queries, r, s_.bounds[r])) return false;
@@ -227,7 +229,7 @@ class FewScan {
 class ScreenedFew {
  public:
   ScreenedFew(const Arguments& a, Arena& arena)
-      : a_(a), limits_(a.kept, a.keys, Limits(a.kept, a.keys)), is_used_(a.copy.panels && can_screen(a)) {
+      : a_(a), limits_(a.kept, a.keys), is_used_(a.copy.panels && can_screen(a.depth, a.scale)) {
     if (is_used_) few_.emplace(a, arena, limits_);
   }
 
@@ -236,10 +238,9 @@ class ScreenedFew {
     if (!is_used_) return false;
     const bool is_found = FewScan(a_, tile, scratch, *few_, limits_).run(begin, end);
     if (a_.screening_counts) {
-      ScreeningCounts& counts = *a_.screening_counts;
-      __atomic_fetch_add(is_found ? &counts.screened : &counts.left, tile.rows, __ATOMIC_RELAXED);
-      for (int r = 0; is_found && r < tile.rows; r++)
-        __atomic_fetch_add(&counts.survivors, scratch.candidates[r].count, __ATOMIC_RELAXED);
+      int64_t survivors = 0;
+      for (int r = 0; is_found && r < tile.rows; r++) survivors += scratch.candidates[r].count;
+      a_.screening_counts->add(is_found ? tile.rows : 0, is_found ? 0 : tile.rows, survivors);
     }
     return is_found;
   }

@@ -14,36 +14,10 @@
 namespace topk {
 namespace {
 
-// What became of the rows so far. Where many were left to the scan of all scores, to screen others first is a waste.
-class RowCounts {
- public:
-  bool is_worth_trying() const {
-    const int64_t seen = screened_.load(std::memory_order_relaxed) + left_.load(std::memory_order_relaxed);
-    return left_.load(std::memory_order_relaxed) <= seen / 4 + 4 * MOST_SCREENED_ROWS;
-  }
-  void add(int64_t screened, int64_t left, int64_t survivors) {
-    screened_.fetch_add(screened, std::memory_order_relaxed);
-    left_.fetch_add(left, std::memory_order_relaxed);
-    survivors_.fetch_add(survivors, std::memory_order_relaxed);
-  }
-  void add_to(ScreeningCounts& counts) const {
-    counts.screened += screened_;
-    counts.left += left_;
-    counts.survivors += survivors_;
-  }
+constexpr int SCREENED_TILE_BYTES = 3 << 19;  // of the bounds of a tile
+constexpr int MOST_SCREENED_ROWS = 48;
 
- private:
-  std::atomic<int64_t> screened_{0}, left_{0}, survivors_{0};
-};
-
-// Whether the keys of a head are screened is known only when all were rounded: one that is too large forbids it.
-struct HeadOfKeys {
-  std::atomic<bool> is_bounded;
-  float mean_norm;
-  float mean[MAX_INT8_DEPTH];
-};
-
-// The panels of a head's keys, packed once it is known that most of its tiles need them.
+// Panels of a head's keys, packed once it is known that most of its tiles need them.
 class LatePanels {
  public:
   // Without memory for all of them, each tile packs block by block, as one does that needs them for a few rows.
@@ -78,116 +52,161 @@ class LatePanels {
   std::optional<Buffer> panels_, norms_;
 };
 
+struct HeadOfKeys {
+  bool is_screened;  // its tiles are
+  float most_lost, most_left, mean_norm;
+  float mean[MAX_INT8_DEPTH];
+  LatePanels late_panels;
+};
+
+// The rows of a head's keys, from one on.
+auto key_rows(const Arguments& a, int64_t head, int64_t first) {
+  return [&a, head, first](int64_t n) { return row_of<Query>(a.key, head / a.key_heads, head % a.key_heads, first + n); };
+}
+
 // What a thread works with on a tile.
 struct TileWork {
   Scratch plain;
   ScreenScratch screen;
+  Factor* block;  // panels of a block, for rows that are left
 
-  TileWork(const Arguments& a, Arena& arena, int64_t tile_rows) : plain(a, arena, tile_rows), screen(a, arena, tile_rows) {}
+  TileWork(const Arguments& a, Arena& arena, int64_t tile_rows, int64_t capacity)
+      : plain(a, arena, tile_rows), screen(a, arena, tile_rows) {
+    block = arena.take<Factor>(BLOCK * factors_of(a.depth));
+    for (int64_t r = 0; r < tile_rows; r++) {
+      int32_t* list = arena.take<int32_t>(2 * capacity);
+      if (arena.is_counting()) continue;
+      plain.candidates[r].scores = list;
+      plain.candidates[r].indices = list + capacity;
+    }
+  }
 };
 
-// Finishes the rows of a tile whose survivors are known; moves the others to its front and returns their number.
-int finish_screened(const Arguments& a, const Tile& tile, TileWork& work, ScreenScan& scan, RowCounts& counts) {
-  int left = 0;
-  int64_t survivors = 0;
-  for (int r = 0; r < tile.rows; r++) {
-    const RowPosition position = work.plain.positions[r];
-    if (work.screen.rows[r].is_left) {
-      work.plain.positions[left++] = position;
-    } else {
-      Candidates found = scan.score(r);
-      survivors += found.count;
-      finish(a, tile, position, found, work.plain);
-    }
-  }
-  counts.add(tile.rows - left, left, survivors);
-  return left;
-}
+class ScreenedPrefill {
+ public:
+  explicit ScreenedPrefill(const Arguments& a)
+      : a_(a),
+        limits_(a.kept, a.keys),
+        rows_(a.heads / a.key_heads * a.queries),
+        tile_rows_(tile_rows_of(rows_, a.keys)),
+        tiles_(rounded_up(rows_, tile_rows_) / tile_rows_),
+        panels_(rounded_up(a.keys, PANEL) / PANEL),
+        quads_(quads_of(a.depth)),
+        all_heads_(a.batch * a.key_heads),
+        heads_at_once_(std::min(all_heads_, rounded_up(4 * a.threads, tiles_) / tiles_)),
+        heads_(heads_at_once_),
+        rounded_(heads_at_once_ * panels_ * PANEL * quads_ * int64_t(sizeof(uint32_t))),
+        facts_((3 * heads_at_once_ * panels_ + LANES) * int64_t(sizeof(float))) {}
 
-void prefill_screened(const Arguments& a) {
-  const Limits limits(a.kept, a.keys);
-  const SurvivorLimits survivor_limits(a.kept, a.keys, limits);
-  const int64_t capacity = survivor_limits.capacity, quads = quads_of(a.depth);
-  const int64_t rows = a.heads / a.key_heads * a.queries;
-  const int64_t row_bytes = capacity * 3 * int64_t(sizeof(int32_t));
-  const int64_t tile_rows = rounded_up(
-      std::clamp<int64_t>(std::min(SCREENED_TILE_BYTES / row_bytes, rows), 1, MOST_SCREENED_ROWS - GROUP_ROWS + 1), GROUP_ROWS);
-  const int64_t tiles = rounded_up(rows, tile_rows) / tile_rows;
-  const int64_t panels = rounded_up(a.keys, PANEL) / PANEL;
-  const int64_t all_heads = a.batch * a.key_heads;
-  const int64_t heads_at_once = std::min(all_heads, rounded_up(4 * a.threads, tiles) / tiles);
-
-  const Buffer rounded(heads_at_once * panels * PANEL * quads * int64_t(sizeof(uint32_t)));
-  const Buffer facts_memory(heads_at_once * panels * int64_t(sizeof(PanelFacts)));
-  const Buffer heads_memory(heads_at_once * int64_t(sizeof(HeadOfKeys)));
-  uint32_t* all_panels = rounded.as<uint32_t>();
-  PanelFacts* facts = facts_memory.as<PanelFacts>();
-  HeadOfKeys* head_facts = heads_memory.as<HeadOfKeys>();
-  Arena counter(nullptr);
-  TileWork(a, counter, tile_rows);
-  const int64_t thread_bytes = rounded_up(int64_t(counter.used()) + tile_rows * row_bytes, 4096) + 64;
-  const Buffer memory(a.threads * thread_bytes);
-  RowCounts counts;
-  std::vector<LatePanels> late_panels(heads_at_once);
-
-#pragma omp parallel num_threads(int(a.threads))
-  {
-    Arena arena(memory.as<std::byte>(omp_get_thread_num() * thread_bytes));
-    TileWork work(a, arena, tile_rows);
-    int32_t* lists = arena.take<int32_t>(0);
-    for (int64_t r = 0; r < tile_rows; r++) {
-      int32_t* list = lists + 3 * r * capacity;
-      work.plain.candidates[r].scores = work.screen.rows[r].lower.scores = list;
-      work.plain.candidates[r].indices = work.screen.rows[r].lower.indices = list + capacity;
-      work.screen.rows[r].upper = reinterpret_cast<float*>(list + 2 * capacity);
-    }
-    for (int64_t head = 0; head < all_heads; head += heads_at_once) {
-      const int64_t heads = std::min(heads_at_once, all_heads - head);
-      const auto key_rows = [&](int64_t local, int64_t first) {
-        return [&a, which = head + local, first](int64_t n) {
-          return row_of<Query>(a.key, which / a.key_heads, which % a.key_heads, first + n);
-        };
-      };
+  void run() {
+    Arena counter(nullptr);
+    TileWork(a_, counter, tile_rows_, limits_.capacity);
+    const int64_t thread_bytes = rounded_up(int64_t(counter.used()), 4096) + 64;
+    const Buffer memory(a_.threads * thread_bytes);
+    std::fill_n(facts_.as<float>(), 3 * heads_at_once_ * panels_ + LANES, 0.0f);
+#pragma omp parallel num_threads(int(a_.threads))
+    {
+      Arena arena(memory.as<std::byte>(omp_get_thread_num() * thread_bytes));
+      TileWork work(a_, arena, tile_rows_, limits_.capacity);
+      for (int64_t head = 0; head < all_heads_; head += heads_at_once_) {
+        const int64_t heads = std::min(heads_at_once_, all_heads_ - head);
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < heads; n++) {
-        head_facts[n].mean_norm = mean_key(a.keys, a.depth, key_rows(n, 0), head_facts[n].mean);
-        head_facts[n].is_bounded.store(true, std::memory_order_relaxed);
-      }
+        for (int64_t n = 0; n < heads; n++)
+          heads_[n].mean_norm = mean_key(a_.keys, a_.depth, key_rows(a_, head + n, 0), heads_[n].mean);
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < heads * panels; n++) {
-        const int64_t first = n % panels * PANEL;
-        HeadOfKeys& local = head_facts[n / panels];
-        const bool is_bounded = round_panel(std::min<int64_t>(PANEL, a.keys - first), a.depth, key_rows(n / panels, first),
-                                            local.mean, local.mean_norm, all_panels + n * quads * PANEL, facts[n]);
-        if (!is_bounded) local.is_bounded.store(false, std::memory_order_relaxed);
-      }
-      // The last tiles first: under a causal mask they are the longest.
+        for (int64_t n = 0; n < heads * panels_; n++) round(head, n / panels_, n % panels_);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t n = 0; n < heads * tiles; n++) {
-        const int64_t local = n % heads, which = head + local, first_row = (tiles - 1 - n / heads) * tile_rows;
-        Tile tile{which / a.key_heads, which % a.key_heads, first_row, int(std::min(tile_rows, rows - first_row))};
-        start(a, tile, work.plain);
-        PackedKeys keys{nullptr, nullptr, work.screen.block};
-        if (head_facts[local].is_bounded.load(std::memory_order_relaxed) && counts.is_worth_trying()) {
-          const Int8Keys rounded_keys{all_panels + local * panels * quads * PANEL, facts + local * panels};
-          ScreenScan scan(a, tile, work.plain, work.screen, rounded_keys, survivor_limits);
-          scan.run();
-          tile.rows = finish_screened(a, tile, work, scan, counts);
-          if (tile.rows == 0) continue;
-        } else {
-          counts.add(0, tile.rows, 0);
-          keys = late_panels[local].of(a, tile.batch, tile.key_head, work.screen.block);
-        }
-        pack_queries(a, tile, work.plain);
-        TileScan(a, tile, work.plain, keys, limits).run();
-        for (int r = 0; r < tile.rows; r++) finish(a, tile, work.plain.positions[r], work.plain.candidates[r], work.plain);
-      }
+        for (int64_t n = 0; n < heads; n++) decide(head, n, work);
+        // The last tiles first: under a causal mask they are the longest.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = heads; n < heads * tiles_; n++) run_tile(head, n % heads, tiles_ - 1 - n / heads, work);
 #pragma omp single
-      for (LatePanels& panels_of_head : late_panels) panels_of_head.free();
+        for (HeadOfKeys& local : heads_) local.late_panels.free();
+      }
     }
   }
-  if (a.screening_counts) counts.add_to(*a.screening_counts);
-}
+
+ private:
+  static int64_t tile_rows_of(int64_t rows, int64_t keys) {
+    const int64_t fit = SCREENED_TILE_BYTES / (keys * int64_t(sizeof(int16_t)));
+    return rounded_up(std::clamp<int64_t>(std::min(fit, rows), 1, MOST_SCREENED_ROWS - GROUP_ROWS + 1), GROUP_ROWS);
+  }
+
+  uint32_t* panels_of(int64_t local) const { return rounded_.as<uint32_t>() + local * panels_ * PANEL * quads_; }
+  float* steps_of(int64_t local) const { return facts_.as<float>() + 3 * local * panels_; }
+
+  void round(int64_t head, int64_t local, int64_t panel) {
+    const HeadOfKeys& keys = heads_[local];
+    const int64_t first = panel * PANEL;
+    const PanelFacts facts =
+        round_panel(std::min<int64_t>(PANEL, a_.keys - first), a_.depth, key_rows(a_, head + local, first), keys.mean,
+                    keys.mean_norm, panels_of(local) + panel * PANEL * quads_);
+    float* target = steps_of(local) + panel;
+    target[0] = facts.step;
+    target[panels_] = facts.lost;
+    target[2 * panels_] = facts.left;
+  }
+
+  // Whether a head is screened: its keys must be bounded, and by its last tile not many rows be left. That depends on
+  // nothing but the inputs, so that each call gives the same result, with any number of threads.
+  void decide(int64_t head, int64_t local, TileWork& work) {
+    HeadOfKeys& keys = heads_[local];
+    const float* lost = steps_of(local) + panels_;
+    keys.most_lost = *std::max_element(lost, lost + panels_);
+    keys.most_left = *std::max_element(lost + panels_, lost + 2 * panels_);
+    keys.is_screened = keys.most_lost < INF;
+    const int64_t left = run_tile(head, local, tiles_ - 1, work);
+    keys.is_screened = keys.is_screened && 4 * left <= rows_ - (tiles_ - 1) * tile_rows_;
+  }
+
+  // Returns how many rows were left to a scan of all scores.
+  int64_t run_tile(int64_t head, int64_t local, int64_t number, TileWork& work) {
+    const int64_t which = head + local, first_row = number * tile_rows_;
+    Tile tile{which / a_.key_heads, which % a_.key_heads, first_row, int(std::min(tile_rows_, rows_ - first_row))};
+    HeadOfKeys& keys = heads_[local];
+    start(a_, tile, work.plain);
+    if (keys.is_screened) {
+      tile.rows = screen(tile, local, work);
+    } else if (a_.screening_counts) {
+      a_.screening_counts->add(0, tile.rows, 0);
+    }
+    if (tile.rows == 0) return 0;
+    pack_queries(a_, tile, work.plain);
+    const PackedKeys packed = keys.is_screened ? PackedKeys{nullptr, nullptr, work.block}
+                                               : keys.late_panels.of(a_, tile.batch, tile.key_head, work.block);
+    TileScan(a_, tile, work.plain, packed, limits_).run();
+    for (int r = 0; r < tile.rows; r++) finish(a_, tile, work.plain.positions[r], work.plain.candidates[r], work.plain);
+    return tile.rows;
+  }
+
+  // Finishes the rows of a tile whose survivors are found; moves the others to its front and returns their number.
+  int screen(const Tile& tile, int64_t local, TileWork& work) {
+    const float* steps = steps_of(local);
+    const Int8Keys keys{panels_of(local), steps, steps + panels_, steps + 2 * panels_, heads_[local].most_lost,
+                        heads_[local].most_left};
+    ScreenScan scan(a_, tile, work.plain, work.screen, keys);
+    scan.run();
+    int left = 0;
+    int64_t survivors = 0;
+    for (int r = 0; r < tile.rows; r++) {
+      const RowPosition position = work.plain.positions[r];
+      if (Candidates* found = scan.find(r)) {
+        survivors += found->count;
+        finish(a_, tile, position, *found, work.plain);
+      } else {
+        work.plain.positions[left++] = position;
+      }
+    }
+    if (a_.screening_counts) a_.screening_counts->add(tile.rows - left, left, survivors);
+    return left;
+  }
+
+  const Arguments& a_;
+  const Limits limits_;
+  const int64_t rows_, tile_rows_, tiles_, panels_, quads_, all_heads_, heads_at_once_;
+  std::vector<HeadOfKeys> heads_;
+  const Buffer rounded_, facts_;  // panels of each head; their steps, lost and left
+};
 
 }  // namespace
 }  // namespace topk
