@@ -27,7 +27,7 @@ from topk_fx.lowering.cpu import screening
 from torch import Tensor
 
 import topk_fx
-from benchmark_ffn import machine
+from figures import machine
 
 RESULTS = Path(__file__).parent / "results" / "cpu_screening.json"
 DENSE, PLAIN, SCREENED = "torch, dense", "top-k, plain", "top-k, screened"

@@ -49,6 +49,19 @@ def test_quick_gives_way_to_what_is_said(tmp_path):
     assert [(row["length"], row["k"]) for row in json.loads(output.read_text())["rows"]] == [(32, 4), (64, 4)]
 
 
+def test_screening_is_timed_beside_plain_and_dense(tmp_path, capsys):
+    output = tmp_path / "screening.json"
+    arguments = ["--lengths", "300", "--sizes", "16", "--k", "8", "--rounds", "1", "--output", str(output)]
+    importlib.import_module("benchmark_screening").main(arguments)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["prefill"] * 4 + ["decode"] * 4
+    for row in rows:
+        assert row["milliseconds"].keys() == {"torch, dense", "top-k, plain", "top-k, screened"}
+        assert row["screened/plain"]["median"] > 0
+        assert row["screened/dense"]["median"] > 0
+    assert "screened/plain x" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("instructions", build.supported_instruction_sets())
