@@ -1,4 +1,4 @@
-"""When the C++ attention screens its keys in int8 first, as `sources/screening.h` says: the result is the same.
+"""When the C++ attention screens its keys in int8 first, as `sources/screening.h` says: the selection is the same.
 
 Screened are scores that are products, masked or not: no other step has a bound. The processor needs AVX512-VNNI.
 """
@@ -19,13 +19,13 @@ from topk_fx.score.language import SCORES
 from . import build
 from .score_code import OperandKind
 
-FEWEST_KEYS = {torch.float32: 4096, torch.float16: 4096, torch.bfloat16: 8192}
-KEYS_PER_KEPT = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 256}
+FEWEST_KEYS = 1024
+KEYS_PER_KEPT = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
 FEWEST_ROWS = 96
 """Screening takes less time for so many keys of which one in so many is kept, and so many queries that share them.
-Measured on an AMD EPYC (Zen 4), one thread, D 64, time of screened / plain, full and causal: float32 4,096 keys k=64
-.79 and .96, 16,384 keys k=64 .49 and .61, k=256 .75 and .87; bfloat16 8,192 keys k=32 .82 and .96, 16,384 keys k=64
-.78 and .89, but 8,192 keys k=128 1.09 and 1.24.
+Measured on an AMD EPYC (Zen 4), one thread, D 64, time of screened / plain, full and causal: float32 1,024 keys k=32
+.73 and .84, 4,096 keys k=64 .56 and .70, 8,192 keys k=256 .74 and .94; bfloat16 1,024 keys k=16 .85 and .94, 4,096
+keys k=64 .90 and .97, 16,384 keys k=256 .92 and .99, but 1,024 keys k=64 1.03 and 1.17.
 """
 
 _forced: bool | None = None
@@ -80,7 +80,7 @@ def can_be_used(program: Program, kinds: Sequence[OperandKind]) -> bool:
 
 def _pays(query: Tensor, key: Tensor, k: int) -> bool:
     keys, rows = key.size(2), query.size(1) // key.size(1) * query.size(2)
-    return keys >= FEWEST_KEYS[key.dtype] and k * KEYS_PER_KEPT[key.dtype] <= keys and rows >= FEWEST_ROWS
+    return keys >= FEWEST_KEYS and k * KEYS_PER_KEPT[key.dtype] <= keys and rows >= FEWEST_ROWS
 
 
 def only_masks(program: Program, kinds: Sequence[OperandKind]) -> bool:

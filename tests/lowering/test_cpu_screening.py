@@ -300,7 +300,7 @@ def test_only_programs_that_mask_are_screened():
 @needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_screening_is_chosen_for_many_keys_of_which_few_are_kept(dtype):
-    few, many = (torch.empty(1, 1, n, 64, dtype=dtype) for n in (1024, 65536))
+    few, many = (torch.empty(1, 1, n, 64, dtype=dtype) for n in (512, 65536))
     program = Score.parse("causal").before
     assert not screening.is_used(few, few, 16, program, [])
     assert screening.is_used(many, many, 64, program, [])
