@@ -37,13 +37,22 @@ class SingleLevelFunction(_SingleLevelFunction):
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """`apply`, allowed while a functorch transform is active."""
+        """`apply`, allowed while a functorch transform is active; where there is nothing to record, `forward` alone."""
         token = _outer_grad_mode.set(torch.is_grad_enabled())
         try:
+            if not _is_recorded(args):  # in a decoding step, recording nothing takes longer than a kernel
+                return cls.forward(*args)
             with enable_single_level_autograd_function():
                 return cls.apply(*args)  # type: ignore[attr-defined]
         finally:
             _outer_grad_mode.reset(token)
+
+
+def _is_recorded(inputs: Sequence[Any]) -> bool:
+    """Whether autograd follows any of the inputs: for a gradient, or in forward mode for a tangent."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 @contextlib.contextmanager

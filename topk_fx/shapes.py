@@ -50,6 +50,8 @@ def attention_frame(
         DTypeError: inputs that are not floating-point.
     """
     check_attention_inputs(query, key, value)
+    if not operands and _fits(query, key, value):
+        return AttentionFrame(query, key, value, (), (*query.shape[:-1], value.size(-1)))
     rank = max(x.dim() for x in (query, key, value, *operands))
     query, key, value, *rest = (_pad(x, max(rank, 4)) for x in (query, key, value, *operands))
 
@@ -85,6 +87,16 @@ def attention_frame(
         tuple(_join_operand(x, batch) for x in rest),
         output_shape,
     )
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether all are as a frame holds them: in a decoding step, to broadcast them takes longer than a kernel."""
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if not all(len(shape) == 4 and all(type(size) is int for size in shape) for shape in shapes):
+        return False
+    (batch, heads, *_), *others = shapes
+    lengths_agree = others[0][2] == others[1][2]
+    return lengths_agree and all(x[0] == batch and 0 < x[1] <= heads and heads % x[1] == 0 for x in others)
 
 
 def check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

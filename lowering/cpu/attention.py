@@ -31,7 +31,7 @@ class _Program(ctypes.Structure):
 
 
 class _ForwardArguments(ctypes.Structure):
-    """`ForwardArguments` of attention.cpp."""
+    """`ForwardArguments` of arguments.h."""
 
     _fields_ = (
         *((name, TensorArgument) for name in ("query", "key", "value")),

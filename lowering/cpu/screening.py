@@ -33,7 +33,10 @@ _counts: Counts | None = None
 
 
 class Counts(ctypes.Structure):
-    """What the kernel did with the rows of its calls; `ScreeningCounts` of screening.h."""
+    """What the kernel did with the rows of its calls, in decoding once for each split of the keys.
+
+    `ScreeningCounts` of arguments.h.
+    """
 
     _fields_ = (
         ("screened", ctypes.c_int64),  # rows whose selection is among their survivors

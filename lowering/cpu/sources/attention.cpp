@@ -34,10 +34,13 @@ void multiply_few(const Arguments& a, int64_t batch, int64_t head, int64_t first
   const Vec scale = broadcast(float(a.scale));
   for (int64_t begin = 0; begin < count; begin += LANES) {
     const Query* keys[LANES];
-    for (int j = 0; j < LANES; j++)
-      keys[j] = row_of<Query>(a.key, batch, head, first + std::min(begin + j, count - 1));
-    for (int r = 0; r < rows; r++)
+    for (int j = 0; j < LANES; j++) keys[j] = row_of<Query>(a.key, batch, head, first + std::min(begin + j, count - 1));
+    for (int r = 0; r < rows; r++) {
+      // Meanwhile the next keys, some with each row: they are in other pages, where no hardware looks ahead.
+      for (int j = r * LANES / rows; j < (r + 1) * LANES / rows; j++)
+        prefetch_row(row_of<Query>(a.key, batch, head, std::min(first + begin + LANES + j, a.keys - 1)), a.depth);
       store(scores + r * BLOCK + begin, mul(dots(queries + r * query_stride, keys, a.depth), scale));
+    }
   }
 }
 
@@ -60,10 +63,7 @@ void scan_few(const Arguments& a, const Tile& tile, Scratch& s, int64_t begin, i
 void fetch_values(const Arguments& a, const Tile& tile, const RowPosition& position, const Candidates& row) {
   if (row.count > 2 * a.kept) return;
   const Value* values = row_of<Value>(a.value, tile.batch, position.head / (a.heads / a.value_heads), 0);
-  for (int n = 0; n < row.count; n++) {
-    const char* value = reinterpret_cast<const char*>(values + row.indices[n] * a.value.strides[2]);
-    for (size_t byte = 0; byte < a.value_size * sizeof(Value); byte += 64) prefetch(value + byte);
-  }
+  for (int n = 0; n < row.count; n++) prefetch_row(values + row.indices[n] * a.value.strides[2], a.value_size);
 }
 
 // --- The whole

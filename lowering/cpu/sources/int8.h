@@ -7,7 +7,7 @@
 //   |a - q.m - q^.k^|  <=  |q| |k' - k^| + |q' - q^| |k^| + rounding |q| (|k| + |m|)
 //
 // q.m is the same for all keys of a row and takes no part in a selection. The rounding is that of a, of its product with
-// the scale, of m subtracted, R applied and of the bounds themselves: see ROUNDINGS. q^.k^ is a sum of integers: exact.
+// the scale, of m subtracted, R applied and of the bounds themselves: see `roundings`. q^.k^ is a sum of integers: exact.
 // The mean is subtracted and R applied to make k' short and its columns alike: they change the margin, not the proof.
 #pragma once
 
@@ -24,7 +24,7 @@ constexpr float SMALLEST_STEP = 0x1p-60f;
 
 // Also a scale whose product with a sum rounds as one of ordinary size does.
 inline bool can_screen(int64_t depth, double scale) {
-  return depth <= MAX_INT8_DEPTH && std::fabs(scale) >= 0x1p-20 && std::fabs(scale) <= 0x1p20;
+  return depth > 0 && depth <= MAX_INT8_DEPTH && std::fabs(scale) >= 0x1p-20 && std::fabs(scale) <= 0x1p20;
 }
 
 inline int64_t quads_of(int64_t depth) { return (depth + 3) / 4; }

@@ -51,6 +51,11 @@ class Buffer {
 };
 
 template <typename T>
+inline void prefetch_row(const T* row, int64_t columns) {
+  for (int64_t byte = 0; byte < columns * int64_t(sizeof(T)); byte += 64) prefetch(reinterpret_cast<const char*>(row) + byte);
+}
+
+template <typename T>
 constexpr int DOT_COLUMNS = IN_PAIRS<T> ? 2 * LANES : LANES;  // that one vector of products takes
 
 // products[n] += x[column ..] * rows[n][column ..], with VECTORS vectors of x in registers.

@@ -199,10 +199,7 @@ class FewScan {
     const Query* rows = row_of<Query>(a_.key, tile_.batch, tile_.key_head, 0);
     const auto row_at = [&](int n) { return rows + found.indices[std::min(n, found.count - 1)] * a_.key.strides[2]; };
     // All of them first: they lie far apart, and none waits for another.
-    for (int n = 0; n < found.count; n++) {
-      const char* row = reinterpret_cast<const char*>(row_at(n));
-      for (size_t byte = 0; byte < a_.depth * sizeof(Query); byte += 64) prefetch(row + byte);
-    }
+    for (int n = 0; n < found.count; n++) prefetch_row(row_at(n), a_.depth);
     for (int n = 0; n < found.count; n += LANES) {
       const Query* keys[LANES];
       for (int lane = 0; lane < LANES; lane++) keys[lane] = row_at(n + lane);

@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -17,12 +18,12 @@ namespace {
 constexpr int SCREENED_TILE_BYTES = 3 << 19;  // of the bounds of a tile
 constexpr int MOST_SCREENED_ROWS = 48;
 
-// Panels of a head's keys, packed once it is known that most of its tiles need them.
+// Panels of a head's keys, packed once it is known that all of its remaining tiles need them.
 class LatePanels {
  public:
   // Without memory for all of them, each tile packs block by block, as one does that needs them for a few rows.
   PackedKeys of(const Arguments& a, int64_t batch, int64_t head, Factor* block) {
-#pragma omp critical(topk_late_panels)
+    const std::lock_guard<std::mutex> lock(mutex_);
     if (!was_tried_) pack(a, batch, head);
     return panels_ ? PackedKeys{panels_->as<Factor>(), norms_->as<float>(), nullptr} : PackedKeys{nullptr, nullptr, block};
   }
@@ -48,6 +49,7 @@ class LatePanels {
                                          panels_->as<Factor>() + n * size);
   }
 
+  std::mutex mutex_;
   bool was_tried_ = false;
   std::optional<Buffer> panels_, norms_;
 };
@@ -93,7 +95,7 @@ class ScreenedPrefill {
         panels_(rounded_up(a.keys, PANEL) / PANEL),
         quads_(quads_of(a.depth)),
         all_heads_(a.batch * a.key_heads),
-        heads_at_once_(std::min(all_heads_, rounded_up(4 * a.threads, tiles_) / tiles_)),
+        heads_at_once_(std::min(all_heads_, std::max(a.threads, rounded_up(4 * a.threads, tiles_) / tiles_))),
         heads_(heads_at_once_),
         rounded_(heads_at_once_ * panels_ * PANEL * quads_ * int64_t(sizeof(uint32_t))),
         facts_((3 * heads_at_once_ * panels_ + LANES) * int64_t(sizeof(float))) {}

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int CHUNK = 256;  // keys: their panels stay in the first-level cache while all groups of a tile pass
 constexpr int CHUNK_PANELS = CHUNK / PANEL;
-constexpr float LARGEST_BOUND = 32000;  // none is larger, nor is one below its negative
+constexpr float LARGEST_BOUND = 32000;  // none is larger, and none is below -32001
 constexpr int16_t MASKED = std::numeric_limits<int16_t>::min();
 
 inline __m512i load_bounds(const int16_t* x) { return _mm512_loadu_si512(x); }
@@ -38,7 +38,7 @@ struct Int8Keys {
 // How many survivors of a row are worth it.
 inline int most_survivors(const Arguments& a) { return int(std::min(3 * a.kept + 512, a.keys)); }
 
-// The largest number that `k` of `maxima` are no smaller than, or one that up to k / 8 more are. `count` is a multiple
+// The largest number that `k` of `maxima` are no smaller than, or one that up to k / 8 + 1 more are. `count` is a multiple
 // of PANEL, and at least k.
 inline __attribute__((noinline)) int find_threshold(const int16_t* maxima, int64_t count, int k) {
   __m512i least = load_bounds(maxima), most = least;
@@ -289,8 +289,7 @@ class ScreenScan {
       const Query* keys[LANES];
       for (int lane = 0; lane < LANES; lane++) {
         keys[lane] = row_at(n + lane);
-        const char* next = reinterpret_cast<const char*>(row_at(n + lane + LANES));
-        for (size_t byte = 0; byte < a_.depth * sizeof(Query); byte += 64) prefetch(next + byte);
+        prefetch_row(row_at(n + lane + LANES), a_.depth);
       }
       store(reinterpret_cast<float*>(found.scores + n), mul(dots(query, keys, a_.depth), broadcast(float(a_.scale))));
     }

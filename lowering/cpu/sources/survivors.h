@@ -1,7 +1,6 @@
 // Survivors: the keys of a row that can be among its k largest scores by bounds of them, when bounds are met one by one.
 #pragma once
 
-#include "arguments.h"
 #include "filter.h"
 
 #if defined(TOPK_AVX512_VNNI)
