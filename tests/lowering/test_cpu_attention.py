@@ -100,6 +100,17 @@ def test_sinks_and_steps_after_the_softmax_match_aten(score, instructions):
             assert weights.signbit().equal(~keep & (indices >= 0))
 
 
+@pytest.mark.parametrize("k", [1, 16, 100, 200])
+def test_there_is_room_for_all_candidates_where_masked_blocks_precede_others(instructions, k):
+    """The first keys are the best, and are candidates already; the mask masks something in some blocks alone."""
+    query, value = torch.ones(1, 1, 40, 16), torch.randn(1, 1, 2000, 16)
+    key = (torch.arange(2000.0) / -8).view(1, 1, -1, 1).expand(1, 1, 2000, 16)
+    for masked in ([5, 133], [5, 133, 261], [5, 133, 700, 850], range(0, 2000, 300)):
+        mask = torch.ones(1, 1, 40, 2000, dtype=torch.bool)
+        mask[..., list(masked)] = False
+        check(query, key, value, "mask($0)", [mask], k=k, is_exact=True)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
 @pytest.mark.parametrize("k", [1, 64, 500])
 def test_skewed_scores_are_selected_exactly(order, k):

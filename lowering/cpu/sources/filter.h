@@ -29,7 +29,7 @@ inline void make_room(Candidates& row, const Limits& limits, int coming) {
   if (!has_room(row, limits, coming)) keep_largest(row, limits.k, limits.k / 4 + 8);
 }
 
-// Appends the scores of a block that are above the row's threshold.
+// Appends the scores of a block that are above the row's threshold. As before, there is room for a panel afterwards.
 void filter_block(Candidates& row, const float* scores, int64_t count, int64_t first_key, const Limits& limits) {
   static_assert(BLOCK / LANES <= 32);
   const Vec threshold = broadcast(row.threshold);
@@ -46,6 +46,7 @@ void filter_block(Candidates& row, const float* scores, int64_t count, int64_t f
     const int n = __builtin_ctz(found);
     append(row, load(scores + n * LANES), bits[n], first_key + n * LANES);
   }
+  make_room(row, limits, PANEL);
 }
 
 // A group of query rows and a panel of keys, of which `count` are keys.
