@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from topk_fx.errors import LoweringUnavailableError
-from topk_fx.score import Score
+from topk_fx.score import Name, Program, Score
 
 from . import build, screening
+from .affine import Affine, affine_of
+from .differences import by_operands, evaluate_differences
 from .key_copy import KeyCopy, KeyCopyArgument
 from .score_code import ELEMENT_TYPES, NoCodeError, OperandKind, source_of
 from .sparse import TensorArgument, prepare_products, with_dense_rows
@@ -27,7 +29,18 @@ class _Operand(ctypes.Structure):
 
 
 class _Program(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("bound", "apply", "apply_kept"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("bound", "apply", "apply_terms", "apply_listed"))
+
+
+class _Affine(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("only_masks", "operations")),
+        *((name, ctypes.c_double) for name in ("factor", "cap", "highest_fill")),
+    )
+
+    @classmethod
+    def of(cls, program: Affine) -> _Affine:
+        return cls(*(getattr(program, name) for name, *_ in cls._fields_))
 
 
 class _ForwardArguments(ctypes.Structure):
@@ -41,6 +54,7 @@ class _ForwardArguments(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("scale", "dropout_factor")),
         *((name, ctypes.c_int64) for name in ("zero_empty_rows", "threads", "screens")),
         ("screening_counts", ctypes.c_void_p),
+        ("affine", _Affine),
         ("copy", KeyCopyArgument),
         *((name, _Program) for name in ("before", "after")),
         ("operands", ctypes.c_void_p),
@@ -66,7 +80,12 @@ def prepare(query: Tensor, key: Tensor, value: Tensor, operands: Sequence[Tensor
     function = Score.parse(score)
     build.start(*_kernel_source(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype]))
     if function.before or function.after:
-        build.start(source_of(function.before, function.after, _kinds(function, operands)))
+        before, names = _before(score, len(operands))
+        # Of their dtypes alone: sizes may be symbolic, and must not be asked for.
+        tables = [torch.empty(1, 1, 1, 2, dtype=x.dtype, device="meta") for x in operands]
+        rows = torch.empty(1, 1, 2, 1, device="meta")
+        differences = evaluate_differences(function.before, names, tables, rows, rows)
+        build.start(source_of(before, function.after, _kinds(function, [*operands, *differences])))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         prepare_products(key.dtype, value.dtype)
 
@@ -102,12 +121,14 @@ def attention_forward(
     if copy is not None:
         copy.check(key, keys)
     function = Score.parse(score)
-    kinds = _kinds(function, operands)
-    before, after = _programs(score, kinds)
+    differences = evaluate_differences(function.before, _before(score, len(operands))[1], operands, query, key)
+    kinds = _kinds(function, [*operands, *differences])
+    before, after = _programs(score, len(operands), kinds)
+    affine = _affine(score, len(operands), kinds)
     query, key, value = map(with_dense_rows, (query, key, value))
     sink = -1 if function.sink is None else function.sink.index
     operands = [x.float() if number == sink else x for number, x in enumerate(operands)]
-    described = (_Operand * len(operands))(*(_operand(x, n in function.tables) for n, x in enumerate(operands)))
+    described = (_Operand * len(kinds))(*map(_operand, operands), *(_diagonals(x, queries) for x in differences))
     keep = None if dropout_keep is None else dropout_keep.contiguous()
     arguments = _ForwardArguments(
         *(TensorArgument.of(x) for x in (query, key, value)),
@@ -116,19 +137,28 @@ def attention_forward(
         *(batch, heads, key.size(1), value.size(1), queries, keys, depth, value_size, kept),
         *(scale, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0),
         *(zero_empty_rows, torch.get_num_threads()),
-        screening.is_used(query, key, kept, function.before, kinds),
+        screening.is_used(query, key, kept, affine),
         screening.counts_address(),
-        KeyCopyArgument.of(copy) if copy and screening.can_be_used(function.before, kinds) else KeyCopyArgument(),
-        *(before, after, ctypes.addressof(described), len(operands), sink),
+        _Affine.of(affine) if affine else _Affine(),
+        KeyCopyArgument.of(copy) if copy and screening.copy_is_used(affine) else KeyCopyArgument(),
+        *(before, after, ctypes.addressof(described), len(described), sink),
     )
     if _kernel(ELEMENT_TYPES[query.dtype], ELEMENT_TYPES[value.dtype])(ctypes.byref(arguments)):
         raise MemoryError("not enough memory for the candidates of top-k attention")
     return output, indices, weights
 
 
-def _operand(x: Tensor, is_table: bool) -> _Operand:
+def _operand(x: Tensor) -> _Operand:
     strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
     return _Operand(x.data_ptr(), (ctypes.c_int64 * 4)(*strides), x.size(-1))
+
+
+def _diagonals(x: Tensor, queries: int) -> _Operand:
+    """x [B|1, H|1, 1, Lq + Lk - 1], of each difference of positions, for each query and key."""
+    operand = _operand(x)
+    operand.data += (queries - 1) * x.element_size()
+    operand.strides[2] = -1 if queries > 1 else 0
+    return operand
 
 
 def _kinds(function: Score, operands: Sequence[Tensor]) -> tuple[OperandKind, ...]:
@@ -172,24 +202,36 @@ def _why_no_code(score: str, kinds: tuple[OperandKind, ...]) -> str:
     return ""
 
 
-def _programs(score: str, kinds: tuple[OperandKind, ...]) -> tuple[_Program, _Program]:
-    return _programs_for(score, kinds, build.current_instruction_set())
+@functools.lru_cache(maxsize=4096)
+def _before(score: str, operands: int) -> tuple[Program, tuple[Name, ...]]:
+    return by_operands(Score.parse(score).before, operands)
+
+
+def _programs(score: str, operands: int, kinds: tuple[OperandKind, ...]) -> tuple[_Program, _Program]:
+    return _programs_for(score, operands, kinds, build.current_instruction_set())
 
 
 @functools.lru_cache(maxsize=4096)
-def _programs_for(score: str, kinds: tuple[OperandKind, ...], instructions: str) -> tuple[_Program, _Program]:
+def _programs_for(
+    score: str, operands: int, kinds: tuple[OperandKind, ...], instructions: str
+) -> tuple[_Program, _Program]:
     function = Score.parse(score)
     if not function.before and not function.after:
         return _Program(), _Program()
     try:
-        library = build.load(source_of(function.before, function.after, kinds))
+        library = build.load(source_of(_before(score, operands)[0], function.after, kinds))
     except NoCodeError as error:
         raise LoweringUnavailableError(f"the score function {score!r} has no C++: {error}") from error
 
-    def addresses(*names: str) -> _Program:
-        return _Program(**{name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names})
+    def address(name: str) -> int | None:
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value
 
     return (
-        addresses("bound", "apply") if function.before else _Program(),
-        addresses("apply_kept") if function.after else _Program(),
+        _Program(*map(address, ("bound", "apply", "apply_terms", "apply_listed"))) if function.before else _Program(),
+        _Program(apply_listed=address("apply_kept")) if function.after else _Program(),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _affine(score: str, operands: int, kinds: tuple[OperandKind, ...]) -> Affine | None:
+    return affine_of(_before(score, operands)[0], kinds)

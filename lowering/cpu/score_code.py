@@ -1,10 +1,12 @@
 """A score program as C++: what `sources/score.h` declares, generated for one program and one kind of operands.
 
     apply        changes a block of scores in place: for each row a loop over the keys that the compiler vectorises
-    apply_kept   the same for the probabilities of kept keys, which stand anywhere
+    apply_terms  what `apply` makes of scores of 0, with no more than that takes
+    apply_listed as `apply`, for keys that stand anywhere
+    apply_kept   the same for the probabilities of kept keys
     bound        interval arithmetic on the same operations, for a whole block: an upper bound of its scores, so that
-                 blocks beyond a causal diagonal, outside a window, or under a mask are skipped; and whether its masks
-                 mask nothing, so that `apply` can leave them out
+                 blocks beyond a causal diagonal, outside a window, or under a mask are skipped; whether its masks
+                 mask nothing, so that `apply` can leave them out; and of an affine program the size of its terms
 
 A value has the dtype that ATen would give it. Where that is a 16-bit float it is held in float32 and rounded after each
 operation, as ATen does.
@@ -22,6 +24,8 @@ import torch
 
 from topk_fx.score import Call, Expression, Name, Operand, Program
 from topk_fx.score.language import KEY_POSITION, QUERY_POSITION, SCORES
+
+from .affine import Affine, affine_of, terms_of
 
 
 class NoCodeError(Exception):
@@ -85,6 +89,11 @@ def supports(program: Program, kinds: Sequence[OperandKind]) -> str:
     return ""
 
 
+_APPLY_TERMS = """extern "C" void apply_terms(const Block& block, float* scores, int64_t stride, Change change) {{
+  {};
+}}"""
+
+
 def source_of(before: Program, after: Program, kinds: Sequence[OperandKind]) -> str:
     """A translation unit that defines the functions of `before` and `after`, for `sources/score.h`.
 
@@ -97,16 +106,25 @@ def source_of(before: Program, after: Program, kinds: Sequence[OperandKind]) -> 
         reduced, facts = _without_masks(before, kinds)
         simple = _Lines(reduced, kinds)
         change = "NONE" if reduced.result == SCORES else "WITHOUT_MASKS"
+        affine = affine_of(before, kinds)
         parts += [
             lines.apply("apply_all"),
             simple.apply("apply_without_masks"),
             'extern "C" void apply(const Block& block, float* scores, int64_t stride, Change change) {\n'
             "  change == Change::ANY ? apply_all(block, scores, stride) : apply_without_masks(block, scores, stride);\n"
             "}",
-            lines.bound(facts, change),
+            lines.apply_listed("apply_listed"),
+            lines.bound(facts, change, affine),
         ]
+        if affine and affine.cap:
+            parts += [
+                _Lines(terms_of(before, affine), kinds).apply("apply_all_terms"),
+                _APPLY_TERMS.format("apply_all_terms(block, scores, stride)"),
+            ]
+        else:
+            parts.append(_APPLY_TERMS.format("apply(block, scores, stride, change)"))
     if after:
-        parts.append(_Lines(after, kinds).apply_kept())
+        parts.append(_Lines(after, kinds).apply_listed("apply_kept"))
     return "\n".join([*parts, ""])
 
 
@@ -254,7 +272,8 @@ class _Lines:
         self.tables[table] = ELEMENT_TYPES[kind.dtype]
         type_ = {"float": FLOAT}.get(self.tables[table], self.tables[table])
         position = f"({index.code} < 0 ? {index.code} + t{table}_size : {index.code})"
-        return _Value(type_, f"to_float(t{table}[{position} * t{table}_stride])", "anything()", index.varies)
+        code = f"to_float(t{table}[{position} * t{table}_stride])"
+        return _Value(type_, code, f"interval_of_table<{self.tables[table]}>(block, {table})", index.varies)
 
     # --- functions
 
@@ -276,10 +295,9 @@ class _Lines:
             "}"
         )
 
-    def apply_kept(self) -> str:
+    def apply_listed(self, name: str) -> str:
         return (
-            'extern "C" void apply_kept(const Block& block, const int32_t* __restrict keys, '
-            "float* __restrict scores) {\n"
+            f'extern "C" void {name}(const Block& block, const int32_t* __restrict keys, float* __restrict scores) {{\n'
             "  const int64_t r = 0;\n"
             f"{self._row('0')}"
             "    for (int32_t n = 0; n < count; n++) {\n"
@@ -323,7 +341,7 @@ class _Lines:
     def _declaration(self, name: Name, value: _Value) -> str:
         return f"const {value.cpp_type} {self.values[name].code} = {value.code};"
 
-    def bound(self, facts: Sequence[tuple[Expression, int]], change: str) -> str:
+    def bound(self, facts: Sequence[tuple[Expression, int]], change: str, affine: Affine | None) -> str:
         lines = [
             "[[maybe_unused]] const double most = largest_product;",
             "[[maybe_unused]] const Interval s{-most, most, std::isinf(most)};",
@@ -337,10 +355,9 @@ class _Lines:
             "[[maybe_unused]] const Interval i{double(first), double(last)};",
         ]
         read = {x.index for name in self._needed() for x in self.program.operations[name].operands} - set(self.tables)
-        lines += [
-            f"const Interval x{index} = interval_of<{ELEMENT_TYPES[self.kinds[index].dtype]}>(block, {index});"
-            for index in sorted(read)
-        ]
+        for index in sorted(read):
+            element = ELEMENT_TYPES[self.kinds[index].dtype]
+            lines.append(f"const Interval x{index} = interval_of<{element}>(block, {index}, matrices);")
         for name, value in self.lines:
             interval = value.interval
             for index in read:
@@ -349,7 +366,9 @@ class _Lines:
             lines.append(f"[[maybe_unused]] const Interval {self.values[name].code} = {interval};")
 
         def interval_name(x: Expression) -> str:
-            return f"x{x.index}" if isinstance(x, Operand) else self.values[x].code
+            if isinstance(x, Operand):
+                return f"x{x.index}"
+            return self.values[x].code if isinstance(x, Name) else _number(x).interval
 
         result = self.values[self.program.result].interval
         lines.append(f"facts.upper = {result}.has_nan ? double(INF) : {result}.high;")
@@ -358,8 +377,24 @@ class _Lines:
             lines.append(f"facts.change = {known} ? Change::{change} : Change::ANY;")
         else:
             lines.append("facts.change = Change::ANY;")
+        ends = [
+            f"std::fabs({interval_name(term.value)}.{'high' if term.sign > 0 else 'low'}) * {term.weight!r}"
+            for term in (affine.terms if affine else ())
+        ]
+        lines.append(f"facts.terms = {' + '.join(ends) or '0'};")
         body = "".join(f"  {line}\n" for line in lines)
-        return f'extern "C" void bound(const Block& block, float largest_product, BlockFacts& facts) {{\n{body}}}'
+        parameters = "const Block& block, float largest_product, BlockFacts& facts"
+        any_matrix = " || ".join(f"is_matrix(block.operands[{index}])" for index in sorted(read)) or "false"
+        return (
+            f"static void bound_with({parameters}, [[maybe_unused]] Matrices matrices) {{\n{body}}}\n"
+            f'extern "C" void bound({parameters}) {{\n'
+            f"  if ({any_matrix}) {{\n"
+            "    bound_with(block, largest_product, facts, Matrices::UNREAD);\n"
+            "    if (facts.upper == -INF) return;\n"
+            "  }\n"
+            "  bound_with(block, largest_product, facts, Matrices::READ);\n"
+            "}"
+        )
 
 
 # --- operations

@@ -1,31 +1,28 @@
 """When the C++ attention screens its keys in int8 first, as `sources/screening.h` says: the selection is the same.
 
-Screened are scores that are products, masked or not: no other step has a bound. The processor needs AVX512-VNNI.
+Screened are scores that a program masks, fills or makes an affine function of the products. The processor needs
+AVX512-VNNI.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from topk_fx.score import Call, Name, Operand, Program
-from topk_fx.score.language import SCORES
-
 from . import build
-from .score_code import OperandKind
+from .affine import Affine
 
-FEWEST_KEYS = 1024
+FEWEST_KEYS = {torch.float32: 1024, torch.float16: 1024, torch.bfloat16: 2048}
 KEYS_PER_KEPT = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 64}
 FEWEST_ROWS = 96
 """Screening takes less time for so many keys of which one in so many is kept, and so many queries that share them.
 Measured on an AMD EPYC (Zen 4), one thread, D 64, time of screened / plain, full and causal: float32 1,024 keys k=32
-.73 and .84, 4,096 keys k=64 .56 and .70, 8,192 keys k=256 .74 and .94; bfloat16 1,024 keys k=16 .85 and .94, 4,096
-keys k=64 .90 and .97, 16,384 keys k=256 .92 and .99, but 1,024 keys k=64 1.03 and 1.17.
+.75 and .95, 4,096 keys k=64 .56 and .70; bfloat16 1,024 keys k=16 .92 and 1.10, 4,096 keys k=64 .82 and .97. With terms
+float32 2,048 keys k=64, a bias of queries x keys .78 and 1.02, ALiBi .87; bfloat16 4,096 keys k=64 .89, 1.12 and .82.
 """
 
 _forced: bool | None = None
@@ -64,9 +61,9 @@ def counts_address() -> int | None:
     return None if _counts is None else ctypes.addressof(_counts)
 
 
-def is_used(query: Tensor, key: Tensor, k: int, program: Program, kinds: Sequence[OperandKind]) -> bool:
+def is_used(query: Tensor, key: Tensor, k: int, program: Affine | None) -> bool:
     """Whether the keys of an attention are screened. query [B, Hq, Lq, D], key [B, Hk, Lk, D]."""
-    if not can_be_used(program, kinds):
+    if program is None or not is_available():
         return False
     return _pays(query, key, k) if _forced is None else _forced
 
@@ -76,37 +73,11 @@ def is_available() -> bool:
     return "TOPK_AVX512_VNNI" in build.current_defines()
 
 
-def can_be_used(program: Program, kinds: Sequence[OperandKind]) -> bool:
-    """Whether keys can be screened by what a program makes of their products."""
-    return is_available() and only_masks(program, kinds)
+def copy_is_used(program: Affine | None) -> bool:
+    """Whether few queries are screened by a copy of the keys: where the program only masks."""
+    return program is not None and program.only_masks and is_available()
 
 
 def _pays(query: Tensor, key: Tensor, k: int) -> bool:
     keys, rows = key.size(2), query.size(1) // key.size(1) * query.size(2)
-    return keys >= FEWEST_KEYS and k * KEYS_PER_KEPT[key.dtype] <= keys and rows >= FEWEST_ROWS
-
-
-def only_masks(program: Program, kinds: Sequence[OperandKind]) -> bool:
-    """Whether a program leaves each score as it is or makes it -inf, whatever the scores are."""
-    name = program.result
-    while name != SCORES:
-        masked = _masked(program.operations[int(name.text[1:])], program, kinds)
-        if masked is None:
-            return False
-        name = masked
-    return True
-
-
-def _masked(call: Call, program: Program, kinds: Sequence[OperandKind]) -> Name | None:
-    """The scores that an operation only masks."""
-    match call.name, call.arguments:
-        case (("keep" | "fill"), (scores, condition, value)) | ("where", (condition, scores, value)):
-            is_mask = value == -math.inf
-        case ("where", (condition, float(value), scores)):
-            is_mask = value == -math.inf
-        case ("mask", (scores, Operand() as condition)):
-            is_mask = kinds[condition.index].dtype == torch.bool
-        case _:
-            return None
-    reads_scores = isinstance(condition, Name) and condition in program.score_dependent
-    return scores if is_mask and scores in program.score_dependent and not reads_scores else None
+    return keys >= FEWEST_KEYS[key.dtype] and k * KEYS_PER_KEPT[key.dtype] <= keys and rows >= FEWEST_ROWS

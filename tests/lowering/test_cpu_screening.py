@@ -16,6 +16,7 @@ from inputs import LAYOUTS, assert_near, integers
 from kernel_checks import scores_of
 from topk_fx.lowering import cpu
 from topk_fx.lowering.cpu import build, screening
+from topk_fx.lowering.cpu.affine import affine_of
 from topk_fx.lowering.cpu.score_code import OperandKind
 
 from topk_fx import reference
@@ -58,10 +59,12 @@ def check(
 def assert_same_but_for_rounding(actual, expected, query, key, scores, scale):
     """Kept are keys of the same float64 scores, as far as sums in float32 tell them apart; weights and output are as near.
 
-    scores [B, Hq, Lq, Lk]. The rounding of a score is in proportion to the norms of its query and its key.
+    scores [B, Hq, Lq, Lk]. The rounding of a score is in proportion to the norms of its query and its key, and that of
+    adding terms to the score itself.
     """
     norms = key.double().norm(dim=-1).repeat_interleave(query.size(1) // key.size(1), 1).unsqueeze(-2)
     roundings = 1e-6 * abs(scale) * query.double().norm(dim=-1, keepdim=True) * norms + 1e-36
+    roundings = roundings + 5e-7 * scores.abs().nan_to_num(0, posinf=0, neginf=0)
     roundings = roundings.nan_to_num(0).clamp(max=100)
 
     def sorted_by_score(indices, weights):
@@ -229,19 +232,183 @@ def test_masked_keys_never_survive(name):
         assert (counts.screened, counts.left) == (2400, 0)
 
 
-def test_other_steps_are_not_screened():
+def test_steps_that_are_not_affine_are_not_screened():
     query, key, value = (normal(1, 1, 200, 16) for _ in range(3))
     bias = normal(1, 1, 200, 200)
-    for score in (
-        "add($0)",
-        "mask($0)",
-        "tanh",
-        "keep(le(j, i), -10000.0)",
-        "keep(gt(s, 0.0), -inf)",
-        "mul($0) causal",
-    ):
+    for score in ("exp", "tanh add($0)", "keep(gt(s, 0.0), -inf)", "mul($0) causal", "mul(-1.0)", "set(sub($0, s))"):
         counts, _ = check(query, key, value, score, [bias][: score.count("$0")])
         assert counts.screened == counts.left == 0
+
+
+# --- terms
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def one_in(n, *shape):
+    return torch.rand(shape) < 1 / n
+
+
+SLOPES = torch.tensor([0.7, 0.25, 0.06, 0.004]).view(1, 4, 1, 1)
+TERMS = {
+    "additive_mask": (f"add(where(le(j, i), 0.0, {LOWEST}))", list),
+    "read_mask": ("mask($0)", lambda: [torch.zeros(1, 1, 600, 600).masked_fill(one_in(2, 600, 600), -INF)]),
+    "read_lowest": ("add($0)", lambda: [torch.zeros(1, 1, 600, 600).masked_fill(one_in(2, 600, 600), LOWEST)]),
+    "bfloat16": ("add($0)", lambda: [torch.where(one_in(2, 1, 4, 600, 600), 0.0, -1e30).bfloat16()]),
+    "filled": (f"keep(le(j, i), {LOWEST})", list),
+    "filled_before": ("fill(gt(j, i), -1e9) add($0)", lambda: [torch.randn(1, 4, 600, 600)]),
+    "bias": ("add($0)", lambda: [torch.randn(1, 4, 600, 600)]),
+    "strided": ("add($0) causal", lambda: [torch.randn(1, 4, 600, 600).mT]),
+    "float16": ("add($0)", lambda: [torch.randn(1, 4, 600, 600).half()]),
+    "integers": ("add($0)", lambda: [torch.randint(-3, 4, (1, 4, 600, 600))]),
+    "large": ("add($0)", lambda: [1e5 + torch.randn(1, 1, 600, 600)]),
+    "steep_alibi": ("add(mul($0, float32(sub(j, i)))) causal", lambda: [SLOPES]),
+    "rising_alibi": ("add($0) causal", lambda: [torch.arange(600) * SLOPES]),
+    "falling": ("sub($0)", lambda: [torch.arange(600).view(1, 1, 1, -1) * 0.25]),
+    "table": ("add(lookup($0, minimum(abs(sub(i, j)), 31)))", lambda: [torch.randn(1, 4, 1, 32)]),
+    "long_table": ("add(lookup($0, abs(sub(i, j))))", lambda: [torch.randn(1, 4, 1, 600)]),
+    "factor": ("mul(4.0) add($0) div(3.0) add($1)", lambda: [torch.randn(1, 4, 600, 600), torch.randn(1, 1, 1, 600)]),
+    "row": ("add($0)", lambda: [10 * torch.randn(1, 4, 600, 1)]),
+    "sink": ("add($0) sink($1)", lambda: [torch.randn(1, 1, 600, 600), torch.randn(1, 4, 1, 1)]),
+    "swapped": ("set(add($0, s))", lambda: [torch.randn(1, 4, 600, 600)]),
+}
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", TERMS)
+def test_terms_are_added_to_bounds(name):
+    score, operands = TERMS[name]
+    query, key, value = normal(1, 4, 600, 48), normal(1, 2, 600, 48) + normal(48), normal(1, 2, 600, 48)
+    counts, _ = check(query, key, value, score, operands(), scale=0.2, k=11)
+    assert counts.screened + counts.left == 2400
+    if name != "long_table":  # which is not read to bound a block
+        assert counts.left <= 4 * 11  # the rows with fewer keys that are not low
+        assert counts.survivors < 5 * 11 * counts.screened
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    "name", ["additive_mask", "read_mask", "read_lowest", "filled", "filled_before", "bias", "swapped"]
+)
+def test_exact_sums_with_terms_give_the_same_bits(name):
+    score, operands = TERMS[name]
+    query, key, value = integers(1, 4, 600, 16), integers(1, 2, 600, 16), integers(1, 2, 600, 16)
+    counts, _ = check(query, key, value, score, [x.round() for x in operands()], scale=0.25, k=11, is_exact=True)
+    assert counts.screened > 2000
+
+
+HARD_TERMS = {
+    "nan": lambda x: x.masked_fill(one_in(1000, *x.shape), NAN),
+    "infinite": lambda x: x.masked_fill(one_in(1000, *x.shape), INF),
+    "masked": lambda x: x.masked_fill(~one_in(30, *x.shape), -INF),
+    "lowest": lambda x: x.masked_fill(~one_in(30, *x.shape), LOWEST),
+    "lowest_rows": lambda x: x.masked_fill(one_in(2, *x.shape[:-1], 1), LOWEST),
+    "huge": lambda x: x * 1e30,
+    "huge_offset": lambda x: x + 1e9,
+    "few_large": lambda x: x.masked_fill(one_in(2000, *x.shape), 1e4),
+    "few_values": lambda x: (x * 2).round() * 50,
+    "near": lambda x: x - 90 * one_in(2, *x.shape),
+    "far": lambda x: x - 130 * ~one_in(50, *x.shape),
+    "farther": lambda x: x - 500 * ~one_in(50, *x.shape),
+    "all_equal": lambda x: torch.full_like(x, -7.25),
+    "heads_apart": lambda x: x + torch.tensor([0.0, 1e5, -1e5, 300]).view(1, 4, 1, 1),
+    "rows_apart": lambda x: x + 1000 * torch.randn_like(x[..., :1]),
+}
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", HARD_TERMS)
+def test_hard_terms_are_selected_exactly(name):
+    query, key, value = normal(1, 4, 300, 40), normal(1, 2, 700, 40), normal(1, 2, 700, 40)
+    bias = HARD_TERMS[name](torch.randn(1, 4, 300, 700))
+    for scale in (1.0, -0.05):
+        check(query, key, value, "add($0)", [bias], scale=scale, k=20)
+        check(query, key, value, "mul(0.5) sub($0) causal", [bias], scale=scale, k=20)
+    query, key = integers(1, 4, 300, 8), integers(1, 2, 700, 8)
+    check(query, key, value, "add($0)", [bias.round()], scale=1.0, k=20, is_exact=True)
+    check(query, key, value, "causal add($0) add($1)", [bias.round(), bias.mT.mT / 2], scale=1.0, k=20)
+
+
+@needs_vnni
+@pytest.mark.parametrize("low", [-5.0, -60.0, -100.0, -150.0, -1e4])
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_scores_filled_with_a_number_are_not_taken_for_sums(low, mean):
+    query, key, value = normal(1, 2, 200, 16), normal(1, 2, 600, 16) + mean, normal(1, 2, 600, 16)
+    for k in (4, 50):
+        counts, _ = check(query, key, value, f"keep($0, {low})", [one_in(50, 1, 1, 200, 600)], scale=1.0, k=k)
+        assert counts.screened + counts.left == 400
+
+
+@needs_vnni
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e6, 1e7, 2e7, 4e7, 1e8, 1e10])
+def test_term_far_above_the_anchor_is_kept(large):
+    """Where the bounds promise more, all is masked, so that the anchor is far below the largest term."""
+    query, key, value = (normal(1, 1, n, 16) for n in (100, 900, 900))
+    bias, allowed = torch.zeros(1, 1, 1, 900), one_in(20, 1, 1, 100, 900)
+    bias[..., 100:110], allowed[..., 100:110] = large, False
+    bias[..., 600], allowed[..., 600] = large / 2, True
+    counts, (_, indices, _) = check(query, key, value, "add($0) mask($1)", [bias, allowed], k=7)
+    assert indices.eq(600).any(-1).all()
+    assert counts.screened + counts.left == 100
+
+
+CAPPED = {
+    "plain": ("div(50.0) tanh mul(50.0)", list),
+    "causal": ("div(50.0) tanh mul(50.0) causal", list),
+    "gemma2": (
+        f"div(50.0) tanh mul(50.0) add(where(and(le(j, i), $0), 0.0, {LOWEST}))",
+        lambda: [one_in(2, 1, 1, 1, 600)],
+    ),
+    "filled": ("div(50.0) tanh mul(50.0) keep($0, -1e4)", lambda: [one_in(2, 1, 1, 600, 600)]),
+    "masked": (
+        "div(30.0) tanh mul(30.0) mask($0) sink($1)",
+        lambda: [one_in(2, 1, 4, 600, 600), torch.randn(1, 4, 1, 1)],
+    ),
+    "steep": ("mul(0.1) tanh mul(100.0) div(3.0)", list),
+}
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CAPPED)
+def test_soft_caps_leave_the_order(name, dtype):
+    score, operands = CAPPED[name]
+    query, value = normal(1, 4, 600, 48, dtype=dtype), normal(1, 2, 600, 48, dtype=dtype)
+    for key in (normal(1, 2, 600, 48), normal(1, 2, 600, 48) + normal(48)):
+        counts, _ = check(query, key.to(dtype), value, score, operands(), scale=0.2, k=11)
+        assert counts.left <= 160  # rows with fewer keys that are not low, and of large products under a steep cap
+        assert counts.screened + counts.left == 2400
+
+
+@needs_vnni
+@pytest.mark.parametrize("cap", [0.01, 1.0, 5.0, 20.0])
+@pytest.mark.parametrize("low", [-3.0, -40.0, -300.0])
+def test_scores_near_their_cap_are_selected_exactly(cap, low):
+    """Where float32 has few numbers below the cap, many keys tie, and the lowest of them are kept."""
+    query, key, value = (normal(1, 2, n, 16) for n in (100, 700, 700))
+    for scale in (0.1, 1.0, -3.0):
+        score = f"div({cap}) tanh mul({cap}) keep($0, {low})"
+        check(query, key, value, score, [one_in(3, 1, 1, 100, 700)], scale=scale, k=20)
+    query, key = torch.full((1, 2, 100, 1), 8.0), torch.arange(700).remainder(40).view(1, 1, 700, 1).float()
+    check(query, key.repeat(1, 2, 1, 1), value, f"div({cap}) tanh mul({cap})", scale=1.0, k=30, is_exact=True)
+
+
+@needs_vnni
+@pytest.mark.parametrize("large", [1e3, 1e8, 1e30])
+def test_terms_that_cancel_are_not_taken_for_small(large):
+    query, key, value = (normal(1, 1, 300, 16) for _ in range(3))
+    operands = [torch.randn(1, 1, 300, 300) + large, torch.full((1, 1, 1, 1), large)]
+    for score in ("add($0) sub($1)", "sub($1) add($0)"):
+        arguments = (query, key, value, operands, score, 0.5, 7, None, 0.0, True)
+        with screening.forced(False):
+            expected = cpu.attention_forward(*arguments)
+        with screening.forced(True):
+            actual = cpu.attention_forward(*arguments)
+        products = query @ key.mT * 0.5
+        first, second = operands if score[0] == "a" else (-operands[1], -operands[0])
+        scores = products + first - second  # in float32, as the kernel rounds them
+        kept, other = (scores.gather(-1, x[1].long()).sort(-1).values for x in (actual, expected))
+        assert (kept - other).abs().max() <= 2e-7 * large + 1e-5
 
 
 @needs_vnni
@@ -285,29 +452,45 @@ def test_dropout_and_threads_change_nothing():
 # --- the choice
 
 
-def test_only_programs_that_mask_are_screened():
-    def only_masks(score, *dtypes):
-        return screening.only_masks(Score.parse(score).before, [OperandKind(x, "dense") for x in dtypes])
+def affine(score, *dtypes):
+    return affine_of(Score.parse(score).before, [OperandKind(x, "dense") for x in dtypes])
 
-    assert only_masks("")
-    assert only_masks("causal mask($0) fill($1, -inf)", torch.bool, torch.bool)
-    assert not only_masks("mask($0)", torch.float32)
-    assert not only_masks("causal mul(2.0)")
-    assert not only_masks("keep(le(j, i), 0.0)")
-    assert not only_masks("keep(lt(s, 1.0), -inf)")
+
+def test_programs_are_told_by_what_they_make_of_scores():
+    for score in ("", "causal", "causal mask($0) fill($1, -inf)", "set(where($0, -inf, s))"):
+        assert affine(score, torch.bool, torch.bool).only_masks
+    found = affine("mul(2.0) add($0) div(4.0) sub(1.0)", torch.float32)
+    assert (found.factor, found.operations, found.highest_fill, found.only_masks) == (0.5, 4, -INF, False)
+    assert sorted((x.sign, x.weight) for x in found.terms) == [(-1, 1.0), (1, 0.25)]
+    assert affine("keep($0, -8.0) mul(0.25) causal fill($0, -3.0)", torch.bool).highest_fill == -2.0
+    for score in (
+        "exp",
+        "mul($0)",
+        "mul(-2.0)",
+        "mul(0.0)",
+        "keep(lt(s, 1.0), -inf)",
+        "fill(lt(i, j), inf)",
+        "add(s)",
+    ):
+        assert affine(score, torch.float32) is None
+    assert affine("add($0) " * 50, torch.float32) is None
+    found = affine("div(50.0) tanh mul(30.0) add(where($0, 0.0, -1e9)) keep($0, -1e8) causal", torch.bool)
+    assert (found.factor, found.cap, found.highest_fill, found.terms) == (1 / 50, 30.0, -1e8, ())
+    for score in ("tanh add($0)", "add($0) tanh", "causal tanh", "tanh tanh", "tanh add(where(le(i, j), 0.0, 1.0))"):
+        assert affine(score, torch.float32) is None
 
 
 @needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_screening_is_chosen_for_many_keys_of_which_few_are_kept(dtype):
     few, many = (torch.empty(1, 1, n, 64, dtype=dtype) for n in (512, 65536))
-    program = Score.parse("causal").before
-    assert not screening.is_used(few, few, 16, program, [])
-    assert screening.is_used(many, many, 64, program, [])
-    assert not screening.is_used(many, many, 8192, program, [])
-    assert not screening.is_used(many[:, :, :1], many, 64, program, [])
+    assert not screening.is_used(few, few, 16, affine("causal"))
+    assert screening.is_used(many, many, 64, affine("causal"))
+    assert not screening.is_used(many, many, 64, None)
+    assert not screening.is_used(many, many, 8192, affine("causal"))
+    assert not screening.is_used(many[:, :, :1], many, 64, affine("causal"))
     with build.instruction_set("portable"), screening.forced(True):
-        assert not screening.is_used(many, many, 64, program, [])
+        assert not screening.is_used(many, many, 64, affine("causal"))
 
 
 # --- property
@@ -329,8 +512,18 @@ def problems(draw):
     inputs = [LAYOUTS[draw(st.sampled_from(layouts))](x.to(dtype)) for x in (query, key, value)]
     shape = [s if draw(st.booleans()) else 1 for s in (batch, key_heads * group, queries, keys)]
     mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.02, 0.5, 0.98]))
+    bias = torch.randn(shape, generator=generator) * draw(st.sampled_from([0.1, 3.0, 100.0, 1e5]))
+    is_other = torch.rand(shape, generator=generator) < 0.01
+    bias = bias.masked_fill(is_other, draw(st.sampled_from([0.0, -INF, LOWEST, 1e9, NAN])))
     score, operands = draw(
-        st.sampled_from([("", []), ("causal", []), ("mask($0)", [mask]), ("mask($0) causal", [mask])])
+        st.sampled_from(
+            [
+                *(("", []), ("causal", []), ("mask($0)", [mask]), ("mask($0) causal", [mask])),
+                *(("add($0)", [bias]), ("add($0) causal", [bias]), ("keep($0, -1e6) add($1)", [mask, bias])),
+                *(("div(9.0) tanh mul(9.0) causal", []), ("tanh keep($0, -9.0)", [mask])),
+                *(("mul(0.5) sub($0) div(0.3)", [bias]), (f"add(where($0, 0.0, {LOWEST}))", [mask])),
+            ]
+        )
     )
     options = {
         "scale": draw(st.sampled_from([0.125, 1.0, -0.5])),

@@ -17,3 +17,4 @@ from .operations import OPERATIONS as OPERATIONS
 from .replay import Positions as Positions
 from .replay import differentiate as differentiate
 from .replay import evaluate as evaluate
+from .replay import evaluate_name as evaluate_name

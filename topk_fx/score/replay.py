@@ -51,6 +51,19 @@ def evaluate(program: Program, scores: Tensor, positions: Positions) -> Tensor:
     return values[program.result].to(scores.dtype).expand(scores.shape)
 
 
+def evaluate_name(program: Program, name: Name, positions: Positions) -> Tensor:
+    """What a name of the program stands for, which does not read the scores."""
+    values: dict[Expression, Any] = {}
+
+    def value(x: Expression) -> Any:
+        if isinstance(x, Name) and x not in values and x.text.startswith("%"):
+            values[x] = _compute(program.operations[int(x.text[1:])], value, None, positions)
+        return _read(values, positions, x)
+
+    found: Tensor = value(name)
+    return found
+
+
 def differentiate(
     program: Program, scores: Tensor | None, grad: Tensor, positions: Positions, wanted: Collection[int]
 ) -> tuple[Tensor, list[OperandGrad]]:

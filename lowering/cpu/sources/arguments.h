@@ -22,6 +22,15 @@ struct ScreeningCounts {
   }
 };
 
+// What the program before the softmax makes of a product: an affine function or a soft cap, a number or -inf (affine.py).
+struct Affine {
+  int64_t only_masks;  // a score stays as it is, or becomes -inf
+  int64_t operations;  // that may round a score
+  double factor;  // of the product
+  double cap;  // of cap * tanh(factor * product), or 0
+  double highest_fill;  // the largest number that scores are filled with, before terms; -inf if there is none
+};
+
 // A copy of the keys in int8: for each head [panel][quad][PANEL] and facts [panel][3][PANEL], the step, lost and left of
 // each key (int8.h).
 struct KeyCopy {
@@ -41,9 +50,10 @@ struct ForwardArguments {
   int64_t batch, heads, key_heads, value_heads, queries, keys, depth, value_size, kept;
   double scale, dropout_factor;
   int64_t zero_empty_rows, threads;
-  int64_t screens;  // whether to screen the keys in int8; the program before the softmax only masks
+  int64_t screens;  // whether to screen the keys in int8: the program before the softmax is affine
   ScreeningCounts* screening_counts;  // or null
-  KeyCopy copy;  // of the keys, which few query rows are screened by
+  Affine affine;
+  KeyCopy copy;  // of the keys, which few query rows are screened by; the program only masks
   Program before, after;
   const Operand* operands;
   int64_t operand_count, sink;  // which operand is the sink, or -1

@@ -186,6 +186,7 @@ PanelFacts round_panel(int64_t count, int64_t depth, Row row_at, const float* me
 struct RoundedQuery {
   float lost_keys, left_keys;
   int32_t correction;  // what adding 128 to the keys adds to a sum of products
+  float step;
 };
 
 // Sets lane `lane` of every quad in a group of GROUP_ROWS, of the query times `sign`; whether it is within MAX_INT8_NORM.
@@ -201,7 +202,7 @@ inline bool round_query(const Query* row, int64_t depth, float sign, uint32_t* g
   const Rounded rounded = round_row(x, depth, step, integers);
   for (int64_t n = 0; n < quads_of(depth); n++) std::memcpy(group + n * GROUP_ROWS + lane, integers + 4 * n, sizeof(uint32_t));
   const float more = 1 + 0x1p-20f;  // for the divisions, and the sums of products that bounds are
-  query = {norm / step * more, rounded.lost / step * more, 128 * rounded.sum};
+  query = {norm / step * more, rounded.lost / step * more, 128 * rounded.sum, step};
   return true;
 }
 

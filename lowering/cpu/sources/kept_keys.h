@@ -51,9 +51,9 @@ void finish(const Arguments& a, const Tile& tile, const RowPosition& position, C
   std::fill(indices + row.count, indices + a.kept, -1);
   std::copy(probabilities, probabilities + row.count, weights);
   std::fill(weights + row.count, weights + a.kept, 0.0f);
-  if (a.after.apply_kept) {
+  if (a.after.apply_listed) {
     const Block block{a.operands, tile.batch, &position, 1, 0, row.count};
-    a.after.apply_kept(block, row.indices, probabilities);
+    a.after.apply_listed(block, row.indices, probabilities);
   }
   if (a.dropout_keep) {
     const bool* keep = a.dropout_keep + number * a.kept;

@@ -39,12 +39,14 @@ enum class Change : int64_t { ANY, WITHOUT_MASKS, NONE };
 struct BlockFacts {
   double upper;  // no score of the block is larger, and if it is finite none is NaN
   Change change;  // what is left for the program to do
+  double terms;  // of an affine program: the sum of the magnitudes of what its terms are at most
 };
 
 struct Program {
   void (*bound)(const Block&, float largest_product, BlockFacts&);
   void (*apply)(const Block&, float* scores, int64_t stride, Change);
-  void (*apply_kept)(const Block&, const int32_t* keys, float* probabilities);
+  void (*apply_terms)(const Block&, float* scores, int64_t stride, Change);  // where the scores are 0
+  void (*apply_listed)(const Block&, const int32_t* keys, float* scores);  // of one row; or its probabilities
 };
 
 // --- Interval arithmetic, in float64; `has_nan` if a value may be NaN
@@ -147,12 +149,45 @@ inline Interval interval_where(Interval c, Interval a, Interval b) {
   return c.low == 1 ? a : c.high == 0 ? b : unite(a, b);
 }
 
+// The smallest and the largest of floats, a vector at a time. They are compared as integers in the order of the floats; the
+// NaNs stand beyond the infinities.
+class Extremes {
+ public:
+  template <typename T>
+  void meet(const T* x, int64_t count, int64_t stride) {
+    int64_t n = 0;
+    if (stride == 1)
+      for (; n + LANES <= count; n += LANES) meet(load(x + n));
+    for (; n < count; n++) meet(broadcast(to_float(x[n * stride])));
+  }
+  Interval interval() const {
+    const float low = number_of(smallest(low_)), high = number_of(largest(high_));
+    return low != low || high != high ? anything() : Interval{double(low), double(high)};
+  }
+
+ private:
+  void meet(Vec x) {
+    const Ints bits = bit_cast<Ints>(x), order = bits ^ ((bits >> 31) & 0x7fffffff);
+    low_ = smaller(low_, order);
+    high_ = larger(high_, order);
+  }
+  static float number_of(int32_t x) { return bit_cast<float>(x ^ ((x >> 31) & 0x7fffffff)); }
+  Ints low_ = Ints{} + std::numeric_limits<int32_t>::max(), high_ = Ints{} + std::numeric_limits<int32_t>::min();
+};
+
+// Whether an operand has an element for each query and key. To read those of a block takes time, and often other operands
+// tell that the block is masked.
+inline bool is_matrix(const Operand& x) { return x.query_stride && x.key_stride; }
+enum class Matrices { READ, UNREAD };
+
 // The interval of what an operand holds for a block.
 template <typename T>
-inline Interval interval_of(const Block& block, int operand) {
+inline Interval interval_of(const Block& block, int operand, Matrices matrices) {
   const Operand& x = block.operands[operand];
+  if (matrices == Matrices::UNREAD && is_matrix(x)) return std::is_same_v<T, bool> ? condition(true, true) : anything();
   const T* previous = nullptr;
   Interval found{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+  Extremes floats;
   for (int64_t r = 0; r < block.row_count; r++) {
     const T* row = static_cast<const T*>(x.data) + block.batch * x.batch_stride +
                    block.rows[r].head * x.head_stride + block.rows[r].query * x.query_stride +
@@ -165,7 +200,7 @@ inline Interval interval_of(const Block& block, int operand) {
       const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row);
       uint8_t all = 1, any = 0;
       if (stride == 1) {
-        // The next block of the same rows: each row of a mask is far from the last, where no hardware looks ahead.
+        // The next block of the same rows: each row of a mask is far from the last, and short for hardware to look ahead.
         for (int64_t n = count; n < 2 * count; n += 64) prefetch(bytes + n);
         for (int64_t n = 0; n < count; n++) all &= bytes[n], any |= bytes[n];
       } else {
@@ -177,25 +212,27 @@ inline Interval interval_of(const Block& block, int operand) {
       for (int64_t n = 1; n < count; n++) low = std::min(low, row[n * stride]), high = std::max(high, row[n * stride]);
       found = unite(found, {double(low), double(high)});
     } else {
-      // As integers in the order of the floats, of which a loop takes the smallest and largest a vector at a time. The
-      // NaNs stand beyond the infinities.
-      int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
-      const auto meet = [&](float y) {
-        const int32_t bits = bit_cast<int32_t>(y), order = bits ^ ((bits >> 31) & 0x7fffffff);
-        low = std::min(low, order);
-        high = std::max(high, order);
-      };
-      if (stride == 1) {
-        for (int64_t n = 0; n < count; n++) meet(to_float(row[n]));
-      } else {
-        for (int64_t n = 0; n < count; n++) meet(to_float(row[n * stride]));
-      }
-      const auto number_of = [](int32_t x) { return bit_cast<float>(x ^ ((x >> 31) & 0x7fffffff)); };
-      const bool has_nan = number_of(low) != number_of(low) || number_of(high) != number_of(high);
-      found = unite(found, has_nan ? anything() : Interval{double(number_of(low)), double(number_of(high))});
+      floats.meet(row, count, stride);
     }
   }
+  if constexpr (!std::is_integral_v<T>) return floats.interval();
   return found;
+}
+
+// The interval of a table, if it is short.
+template <typename T>
+inline Interval interval_of_table(const Block& block, int operand) {
+  const Operand& x = block.operands[operand];
+  if (x.size > block.key_count || x.size == 0) return anything();
+  Extremes seen;
+  int64_t previous = -1;
+  for (int64_t r = 0; r < block.row_count; r++) {
+    const int64_t head = block.rows[r].head;
+    if (head == previous) continue;
+    previous = head;
+    seen.meet(static_cast<const T*>(x.data) + block.batch * x.batch_stride + head * x.head_stride, x.size, x.key_stride);
+  }
+  return seen.interval();
 }
 
 // --- Elementwise functions without a branch, so that loops of them vectorise

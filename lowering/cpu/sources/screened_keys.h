@@ -136,7 +136,7 @@ class FewScan {
  private:
   bool round_queries() {
     std::fill(s_.queries, s_.queries + GROUP_ROWS * quads_, 0u);
-    for (int r = 0; r < FEW_ROWS; r++) s_.bounds[r] = {0, 0, 0};
+    for (int r = 0; r < FEW_ROWS; r++) s_.bounds[r] = {0, 0, 0, 0};
     for (int r = 0; r < tile_.rows; r++) {
       int32_t* list = s_.lists + r * 3 * limits_.capacity;
       s_.rows[r] = {{list, list + limits_.capacity}, reinterpret_cast<float*>(list + 2 * limits_.capacity)};

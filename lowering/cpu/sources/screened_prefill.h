@@ -185,7 +185,7 @@ class ScreenedPrefill {
   int screen(const Tile& tile, int64_t local, TileWork& work) {
     const float* steps = steps_of(local);
     const Int8Keys keys{panels_of(local), steps, steps + panels_, steps + 2 * panels_, heads_[local].most_lost,
-                        heads_[local].most_left};
+                        heads_[local].most_left, heads_[local].mean_norm};
     ScreenScan scan(a_, tile, work.plain, work.screen, keys);
     scan.run();
     int left = 0;

@@ -11,6 +11,10 @@
 // A key whose upper bound is below the threshold is not among the k largest, ties included: the selection is that of a
 // scan over all scores, whose sums are rounded in another order. Rows that cannot be bounded, or of which too many keys
 // survive, are left to that scan. Bounds are int16 in units of a row, and of q.k - q.m (int8.h).
+//
+// The program before the softmax is affine: what it makes of 0, its terms, is added to the bound of the product. Where it
+// does more than mask, bounds stand for scores less an anchor, near which the largest terms of a group are. What is too far
+// below it counts as masked, what is too far above as just in range. Under a soft cap bounds stand for what is capped.
 #pragma once
 
 #include "int8.h"
@@ -23,7 +27,9 @@ namespace {
 
 constexpr int CHUNK = 256;  // keys: their panels stay in the first-level cache while all groups of a tile pass
 constexpr int CHUNK_PANELS = CHUNK / PANEL;
-constexpr float LARGEST_BOUND = 32000;  // none is larger, and none is below -32001
+constexpr float LARGEST_BOUND = 32000;  // none is larger, and without terms none is below -32001
+constexpr float LARGEST_PART = 6000;  // the largest bound of a product that terms are added to,
+constexpr float ANCHOR = 18000;  // and where the anchor stands: with terms as large as it the bounds reach from 12000 to 24000
 constexpr int16_t MASKED = std::numeric_limits<int16_t>::min();
 
 inline __m512i load_bounds(const int16_t* x) { return _mm512_loadu_si512(x); }
@@ -33,6 +39,9 @@ struct Int8Keys {
   const uint32_t* panels;
   const float *steps, *lost, *left;  // of the panels; readable for a vector more
   float most_lost, most_left;  // of all panels
+  float mean_norm;
+
+  float largest_norm() const { return most_lost + most_left + mean_norm; }
 };
 
 // How many survivors of a row are worth it.
@@ -72,10 +81,14 @@ struct ScreenScratch {
   int64_t max_panels;  // of maxima: the panels with numbers n, n + max_panels ... have the same
   int16_t *bounds, *maxima;  // [tile rows][stride], [tile rows][max_panels][PANEL]
   int32_t* chunks;  // [stride / CHUNK]: the first key of each chunk that has bounds
+  Change* changes;  // [stride / CHUNK]: what the program may do to a chunk's scores
+  BlockFacts* facts;  // [stride / CHUNK][groups], where the program has terms
   bool* is_left;  // to a scan of all scores
   float *scales, *lost_keys, *left_keys;  // of the rows, of a product of integers in units of a row, and of its margin
+  float *units, *roundings;  // of the rows: a score, and the rounding of terms, in units of a row
+  float* anchors;  // of the rows: scores
   uint32_t* queries;  // groups of [1 + quads][GROUP_ROWS]
-  float* masks;  // [GROUP_ROWS][CHUNK]
+  float* terms;  // [GROUP_ROWS][CHUNK]: what the program makes of 0
   uint32_t* bits;  // [stride / PANEL]
   int32_t* some;  // [2][stride / PANEL + LANES]: first keys and bits of the panels with survivors
   Candidates found;
@@ -86,10 +99,13 @@ struct ScreenScratch {
     bounds = arena.take<int16_t>(tile_rows * stride);
     maxima = arena.take<int16_t>(tile_rows * max_panels * PANEL);
     chunks = arena.take<int32_t>(stride / CHUNK);
+    changes = arena.take<Change>(stride / CHUNK);
+    facts = arena.take<BlockFacts>(a.affine.only_masks ? 0 : stride / CHUNK * (tile_rows / GROUP_ROWS));
     is_left = arena.take<bool>(tile_rows);
-    for (float** x : {&scales, &lost_keys, &left_keys}) *x = arena.take<float>(tile_rows + LANES);
+    for (float** x : {&scales, &lost_keys, &left_keys, &units, &roundings, &anchors})
+      *x = arena.take<float>(tile_rows + LANES);
     queries = arena.take<uint32_t>(tile_rows * (1 + quads_of(a.depth)));
-    masks = arena.take<float>(GROUP_ROWS * CHUNK);
+    terms = arena.take<float>(GROUP_ROWS * CHUNK);
     bits = arena.take<uint32_t>(stride / PANEL);
     some = arena.take<int32_t>(2 * (stride / PANEL + LANES));
     const int64_t capacity = rounded_up(most_survivors(a) + PANEL, LANES) + LANES;
@@ -102,7 +118,8 @@ struct ScreenScratch {
 class ScreenScan {
  public:
   ScreenScan(const Arguments& a, const Tile& tile, Scratch& scratch, ScreenScratch& screen, const Int8Keys& keys)
-      : a_(a), tile_(tile), scratch_(scratch), s_(screen), keys_(keys), quads_(quads_of(a.depth)) {}
+      : a_(a), tile_(tile), scratch_(scratch), s_(screen), keys_(keys), quads_(quads_of(a.depth)),
+        base_(a.affine.only_masks ? 0 : ANCHOR) {}
 
   // Bounds of all scores.
   void run() {
@@ -110,11 +127,16 @@ class ScreenScan {
     std::fill_n(s_.maxima, rounded_up(tile_.rows, GROUP_ROWS) * s_.max_panels * PANEL, MASKED);
     const bool asks_for_tile = a_.before.bound && !reads_matrix(a_);
     for (int64_t first = 0; first < a_.keys; first += CHUNK) {
-      BlockFacts facts{0, a_.before.bound ? Change::ANY : Change::NONE};
-      if (asks_for_tile && is_masked(first, 0, tile_.rows, facts)) continue;
-      for (int row = 0; row < tile_.rows; row += GROUP_ROWS) bound_group(first, row, facts.change);
-      s_.chunks[chunk_count_++] = int32_t(first);
+      BlockFacts facts{0, a_.before.bound ? Change::ANY : Change::NONE, 0};
+      if (asks_for_tile) a_.before.bound(block_of(first, 0, tile_.rows), 0, facts);
+      if (facts.upper == -INF) continue;
+      s_.chunks[chunk_count_] = int32_t(first);
+      s_.changes[chunk_count_++] = facts.change;
     }
+    if (!a_.affine.only_masks)
+      for (int row = 0; row < tile_.rows; row += GROUP_ROWS) anchor_group(row);
+    for (int n = 0; n < chunk_count_; n++)
+      for (int row = 0; row < tile_.rows; row += GROUP_ROWS) bound_group(n, row);
   }
 
   // The survivors of a row and their scores, or null if the row is left.
@@ -122,7 +144,10 @@ class ScreenScan {
     if (s_.is_left[row]) return nullptr;
     s_.found.clear();
     const int16_t* maxima = s_.maxima + row * s_.max_panels * PANEL;
-    compare(row, find_threshold(maxima, s_.max_panels * PANEL, int(a_.kept)));
+    const int threshold = find_threshold(maxima, s_.max_panels * PANEL, int(a_.kept));
+    // What counts as masked may be one that is only low, and must be too low to be kept.
+    if (!a_.affine.only_masks && !(lowest_cut(row, threshold) > MASKED)) return nullptr;
+    compare(row, threshold);
     if (!list()) return nullptr;
     score(row);
     return &s_.found;
@@ -137,7 +162,7 @@ class ScreenScan {
 
   void round_queries() {
     for (int r = 0; r < int(rounded_up(tile_.rows, GROUP_ROWS)); r++) {
-      RoundedQuery query{0, 0, 0};
+      RoundedQuery query{0, 0, 0, 0};
       uint32_t* group = queries_of(r);
       const bool is_bounded = r < tile_.rows && round_query(query_of(r), a_.depth, a_.scale < 0 ? -1 : 1, group + GROUP_ROWS,
                                                             r % GROUP_ROWS, query);
@@ -145,75 +170,182 @@ class ScreenScan {
       // |q^| is at most |q| + |q' - q^|, and no product is larger than |q^| |k^|.
       const float largest = (query.lost_keys + query.left_keys) * keys_.most_left + query.lost_keys * keys_.most_lost +
                             query.left_keys * keys_.most_left;
-      const float scale = is_bounded ? LARGEST_BOUND / largest : 0;
+      const float scale = is_bounded ? (a_.affine.only_masks ? LARGEST_BOUND : LARGEST_PART) / largest : 0;
       s_.is_left[r] = !is_bounded;
       s_.scales[r] = scale;
       s_.lost_keys[r] = query.lost_keys * scale;
       s_.left_keys[r] = query.left_keys * scale;
+      s_.units[r] = is_bounded ? scale / (query.step * std::fabs(float(a_.scale))) : 0;
+      s_.roundings[r] = s_.anchors[r] = 0;
     }
   }
+
+  // The rows of a group that has one of them, and are not left.
+  template <typename Function>
+  void for_bounded_rows(int row, const Function& function) const {
+    for (int r = row; r < std::min(row + GROUP_ROWS, tile_.rows); r++)
+      if (!s_.is_left[r]) function(r);
+  }
+
+  // In units of a row: a product with the mean key, and the product with any key.
+  float mean_product(int row) const { return s_.lost_keys[row] * keys_.mean_norm; }
+  float largest_product(int row) const { return s_.lost_keys[row] * keys_.largest_norm(); }
 
   Block block_of(int64_t first, int row, int rows) const {
     return {a_.operands, tile_.batch, scratch_.positions + row, rows, first, std::min<int64_t>(CHUNK, a_.keys - first)};
   }
 
-  bool is_masked(int64_t first, int row, int rows, BlockFacts& facts) const {
-    a_.before.bound(block_of(first, row, rows), INF, facts);
-    return facts.upper == -INF;
+  BlockFacts facts_of(int chunk, int row, float largest) const {
+    BlockFacts facts{largest, s_.changes[chunk], 0};
+    if (facts.change != Change::NONE)
+      a_.before.bound(block_of(s_.chunks[chunk], row, std::min(GROUP_ROWS, tile_.rows - row)), largest, facts);
+    if (a_.affine.cap && facts.change == Change::WITHOUT_MASKS) facts.change = Change::NONE;  // to terms
+    return facts;
   }
 
-  void bound_group(int64_t first, int row, Change change) {
+  // Units of scores, anchors and roundings of a group's rows, and which chunks are too low for all of them.
+  void anchor_group(int row) {
+    const double inf = INF;
+    double largest = 0, least_unit = inf, most_above = 0;
+    for_bounded_rows(row, [&](int r) {
+      largest = std::max(largest, 1.001 * largest_product(r) / s_.units[r]);
+      if (!a_.affine.cap) s_.units[r] /= float(a_.affine.factor);
+      least_unit = std::min(least_unit, double(s_.units[r]));
+      most_above = std::max(most_above, above_filled(r));
+    });
+    BlockFacts* facts = s_.facts + row / GROUP_ROWS;
+    const int groups = int(rounded_up(tile_.rows, GROUP_ROWS)) / GROUP_ROWS;
+    double upper = -inf, terms = 0;
+    int highest = 0;  // of the chunks
+    for (int n = 0; n < chunk_count_; n++) {
+      facts[n * groups] = facts_of(n, row, float(largest));
+      if (facts[n * groups].upper > upper) {
+        upper = facts[n * groups].upper;
+        highest = n;
+      }
+    }
+    const double anchor = upper < inf ? largest_term(highest, row, facts[highest * groups].change) : inf;
+    for (int n = 0; n < chunk_count_; n++) {
+      BlockFacts& chunk = facts[n * groups];
+      if ((chunk.upper - anchor) * least_unit + most_above < lowest_sum()) chunk.upper = -inf;
+      if (chunk.upper > -inf) terms = std::max(terms, chunk.terms);
+    }
+    // A step rounds a score, and what it makes of 0, which are no larger than this or further below the anchor; a bound that
+    // is larger has no integer. A score that is filled must count as masked, as it is no sum of the product and terms.
+    const double steps = 2.0 * double(std::max<int64_t>(a_.affine.operations, 1));
+    for_bounded_rows(row, [&](int r) {
+      const double unit = s_.units[r];
+      const double sizes = (std::fabs(anchor) + terms) * unit + largest_product(r) + 0x1p16;
+      const double fill = (a_.affine.highest_fill + terms - anchor) * unit + above_filled(r) + LARGEST_PART;
+      const double rounding = steps * (steps + 2) * 0x1p-23 * sizes + (a_.affine.cap ? rounding_of_cap(r) : 0);
+      s_.anchors[r] = float(anchor);
+      s_.roundings[r] = float(rounding);
+      s_.is_left[r] = !(sizes < 0x1p30 && rounding < LARGEST_BOUND && fill < lowest_sum());
+    });
+  }
+
+  // How far a score that is a number may stand above its place among bounds: the mean key's product is not subtracted from
+  // it; and caps of the products next to it may be low, but no steeper than at 0.
+  double above_filled(int row) const {
+    const double slope = std::max(1.0, a_.affine.cap * a_.affine.factor);
+    return a_.affine.cap ? 2 * slope * largest_product(row) : mean_product(row);
+  }
+
+  // Products that are further apart are so after tanh, which is accurate to 2^-23, where it is flattest.
+  double rounding_of_cap(int row) const {
+    const double unit = s_.units[row], most = std::cosh(1.01 * largest_product(row) / unit * a_.affine.factor);
+    return 0x1p-20 * most * most * unit / a_.affine.factor;
+  }
+
+  // The largest number that the program makes of 0 for a group's rows and a chunk that is not masked for all of them.
+  float largest_term(int chunk, int row, Change change) const {
+    if (chunk_count_ == 0 || change == Change::NONE) return 0;
     const int rows = std::min(GROUP_ROWS, tile_.rows - row);
-    const int64_t count = std::min<int64_t>(CHUNK, a_.keys - first);
-    int16_t* bounds = s_.bounds + row * s_.stride + chunk_count_ * CHUNK;
-    BlockFacts facts{0, change};
-    if (change != Change::NONE && is_masked(first, row, rows, facts)) {
+    find_terms(s_.chunks[chunk], row, rows, change);
+    const float largest = *std::max_element(s_.terms, s_.terms + rows * CHUNK);
+    return largest > -INF ? largest : 0;
+  }
+
+  // What is less, before it is moved to its range, is rounded to MASKED.
+  static float lowest_sum() { return MASKED - ANCHOR - 2; }
+
+  void bound_group(int chunk, int row) {
+    const int rows = std::min(GROUP_ROWS, tile_.rows - row), groups = int(rounded_up(tile_.rows, GROUP_ROWS)) / GROUP_ROWS;
+    const int64_t first = s_.chunks[chunk], count = std::min<int64_t>(CHUNK, a_.keys - first);
+    int16_t* bounds = s_.bounds + row * s_.stride + chunk * CHUNK;
+    const bool only_masks = a_.affine.only_masks;
+    const BlockFacts facts = only_masks ? facts_of(chunk, row, 0) : s_.facts[chunk * groups + row / GROUP_ROWS];
+    if (facts.upper == -INF) {
       for (int r = 0; r < rows; r++) std::fill_n(bounds + r * s_.stride, CHUNK, MASKED);
       return;
     }
     if (facts.change == Change::NONE && count == CHUNK) {
-      for (int64_t n = 0; n < CHUNK_PANELS; n++) bound_panel<false>(first / PANEL + n, row, bounds + n * PANEL, nullptr);
+      for (int64_t n = 0; n < CHUNK_PANELS; n++)
+        bound_panel<Terms::NONE>(first / PANEL + n, row, bounds + n * PANEL, nullptr, nullptr);
+      return;
+    }
+    find_terms(first, row, rows, facts.change);
+    if (!only_masks) {
+      for (int64_t n = 0; n * PANEL < count; n++)
+        bound_panel<Terms::ANY>(first / PANEL + n, row, bounds + n * PANEL, nullptr, s_.terms + n * PANEL);
       return;
     }
     alignas(64) uint32_t visible[CHUNK_PANELS][GROUP_ROWS];
-    find_visible(first, row, rows, facts.change, visible);
+    find_visible(visible);
     for (int64_t n = 0; n * PANEL < count; n++)
-      bound_panel<true>(first / PANEL + n, row, bounds + n * PANEL, visible[n]);
+      bound_panel<Terms::MASKS>(first / PANEL + n, row, bounds + n * PANEL, visible[n], nullptr);
   }
 
-  // Bits of the keys that the program does not mask: it leaves a score of 0 or makes it -inf.
-  void find_visible(int64_t first, int row, int rows, Change change, uint32_t (&visible)[CHUNK_PANELS][GROUP_ROWS]) const {
+  // What the program makes of scores of 0; -inf beyond the last key.
+  void find_terms(int64_t first, int row, int rows, Change change) const {
     const Block block = block_of(first, row, rows);
-    std::fill_n(s_.masks, GROUP_ROWS * CHUNK, 0.0f);
-    if (change != Change::NONE) a_.before.apply(block, s_.masks, CHUNK, Change::ANY);
+    std::fill_n(s_.terms, GROUP_ROWS * CHUNK, 0.0f);
+    if (change != Change::NONE) a_.before.apply_terms(block, s_.terms, CHUNK, change);
+    for (int r = 0; r < GROUP_ROWS; r++) std::fill(s_.terms + r * CHUNK + block.key_count, s_.terms + (r + 1) * CHUNK, -INF);
+  }
+
+  // Bits of the keys that are not masked.
+  void find_visible(uint32_t (&visible)[CHUNK_PANELS][GROUP_ROWS]) const {
     for (int n = 0; n < CHUNK_PANELS; n++) {
-      const int64_t count = block.key_count - n * PANEL;
-      const uint32_t inside = count >= PANEL ? ~0u : count > 0 ? (1u << count) - 1 : 0;
       for (int r = 0; r < GROUP_ROWS; r++) {
-        const float* scores = s_.masks + r * CHUNK + n * PANEL;
-        const uint32_t low = not_less_equal(load(scores), broadcast(-INF));
-        visible[n][r] = (low | not_less_equal(load(scores + LANES), broadcast(-INF)) << LANES) & inside;
+        const float* terms = s_.terms + r * CHUNK + n * PANEL;
+        const uint32_t low = not_less_equal(load(terms), broadcast(-INF));
+        visible[n][r] = low | not_less_equal(load(terms + LANES), broadcast(-INF)) << LANES;
       }
     }
   }
 
+  enum class Terms { NONE, MASKS, ANY };
+
   // The bounds of a group by a panel. They are rounded to the nearest integer, of a number that is 1 too small.
-  template <bool IS_MASKED>
-  __attribute__((noinline)) void bound_panel(int64_t panel, int row, int16_t* bounds, const uint32_t* visible) const {
+  template <Terms TERMS>
+  __attribute__((noinline)) void bound_panel(int64_t panel, int row, int16_t* bounds, const uint32_t* visible,
+                                             const float* terms) const {
     alignas(64) float scales[LANES], margins[LANES];
     store(scales, mul(load(s_.scales + row), broadcast(keys_.steps[panel])));
-    store(margins, add(margins_of(load(s_.lost_keys + row), load(s_.left_keys + row), broadcast(keys_.lost[panel]),
-                                  broadcast(keys_.left[panel])), broadcast(1)));
+    Vec most = margins_of(load(s_.lost_keys + row), load(s_.left_keys + row), broadcast(keys_.lost[panel]),
+                          broadcast(keys_.left[panel]));
+    most = add(add(most, load(s_.roundings + row)), broadcast(1 - base_));
+    if constexpr (TERMS == Terms::NONE) most = fma(load(s_.anchors + row), load(s_.units + row), most);
+    store(margins, most);
     int16_t* maxima = s_.maxima + (row * s_.max_panels + panel % s_.max_panels) * PANEL;
     __m512i sums[GROUP_ROWS][2];
     multiply_int8(queries_of(row), keys_.panels + panel * quads_ * PANEL, quads_, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < GROUP_ROWS; r++) {
       const Vec scale = broadcast(scales[r]), margin = broadcast(margins[r]);
-      const __m512i low = _mm512_cvtps_epi32(_mm512_fmsub_ps(_mm512_cvtepi32_ps(sums[r][0]), scale, margin));
-      const __m512i high = _mm512_cvtps_epi32(_mm512_fmsub_ps(_mm512_cvtepi32_ps(sums[r][1]), scale, margin));
-      __m512i found = _mm512_packs_epi32(low, high);
-      if constexpr (IS_MASKED) found = _mm512_mask_blend_epi16(visible[r], _mm512_set1_epi16(MASKED), found);
+      Vec low = _mm512_fmsub_ps(_mm512_cvtepi32_ps(sums[r][0]), scale, margin);
+      Vec high = _mm512_fmsub_ps(_mm512_cvtepi32_ps(sums[r][1]), scale, margin);
+      if constexpr (TERMS == Terms::ANY) {
+        const Vec unit = broadcast(s_.units[row + r]), anchor = broadcast(s_.anchors[row + r]);
+        const Vec first = _mm512_sub_ps(load(terms + r * CHUNK), anchor);
+        const Vec second = _mm512_sub_ps(load(terms + r * CHUNK + LANES), anchor);
+        // In the order of `packed_lane`.
+        low = fma(_mm512_shuffle_f32x4(first, second, 0x88), unit, low);
+        high = fma(_mm512_shuffle_f32x4(first, second, 0xdd), unit, high);
+      }
+      __m512i found = _mm512_packs_epi32(_mm512_cvtps_epi32(low), _mm512_cvtps_epi32(high));
+      if constexpr (TERMS == Terms::MASKS) found = _mm512_mask_blend_epi16(visible[r], _mm512_set1_epi16(MASKED), found);
       int16_t* largest = maxima + r * s_.max_panels * PANEL;
       _mm512_storeu_si512(bounds + r * s_.stride, found);
       _mm512_storeu_si512(largest, _mm512_max_epi16(load_bounds(largest), found));
@@ -224,11 +356,17 @@ class ScreenScan {
     return fma(lost_keys, lost, mul(left_keys, left));
   }
 
+  // The lowest bound of a key of any panel that survives.
+  float lowest_cut(int row, int threshold) const {
+    const float margin = s_.lost_keys[row] * keys_.most_lost + s_.left_keys[row] * keys_.most_left;
+    return float(threshold) - 3 - 2.001f * (margin + s_.roundings[row]);
+  }
+
   // Bits of the keys whose upper bounds are not below the threshold. An upper bound is twice the margin above the lower
   // one, and as that is rounded, less than 2 more.
   __attribute__((noinline)) void compare(int row, int threshold) {
     const Vec lost_keys = broadcast(s_.lost_keys[row]), left_keys = broadcast(s_.left_keys[row]);
-    const Vec most = broadcast(float(threshold) - 2), least = broadcast(MASKED + 1);
+    const Vec most = broadcast(float(threshold) - 2 - 2 * s_.roundings[row]), least = broadcast(MASKED + 1);
     for (int n = 0; n < chunk_count_; n++) {
       const int64_t panel = s_.chunks[n] / PANEL;
       const Vec margins = margins_of(lost_keys, left_keys, load(keys_.lost + panel), load(keys_.left + panel));
@@ -293,6 +431,9 @@ class ScreenScan {
       }
       store(reinterpret_cast<float*>(found.scores + n), mul(dots(query, keys, a_.depth), broadcast(float(a_.scale))));
     }
+    if (a_.affine.only_masks) return;
+    const Block block{a_.operands, tile_.batch, scratch_.positions + row, 1, 0, found.count};
+    a_.before.apply_listed(block, found.indices, reinterpret_cast<float*>(found.scores));
   }
 
   const Arguments& a_;
@@ -301,6 +442,7 @@ class ScreenScan {
   ScreenScratch& s_;
   const Int8Keys& keys_;
   const int64_t quads_;
+  const float base_;  // what is added to all bounds
   int chunk_count_ = 0;
 };
 

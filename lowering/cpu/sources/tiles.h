@@ -28,11 +28,8 @@ struct Tile {
   int rows;
 };
 
-// Whether an operand has an element for each query and key.
 bool reads_matrix(const Arguments& a) {
-  for (int64_t n = 0; n < a.operand_count; n++)
-    if (a.operands[n].query_stride && a.operands[n].key_stride) return true;
-  return false;
+  return std::any_of(a.operands, a.operands + a.operand_count, is_matrix);
 }
 
 struct Scratch {
