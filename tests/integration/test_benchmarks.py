@@ -18,6 +18,7 @@ ROWS_AND_RIVALS = {
     "benchmark_attention": (2, {"SDPA", "matmul, softmax", "matmul, softmax, Inductor", "top-k, C++", "top-k, chunked ATen"}),
     "benchmark_decode": (2, {"SDPA", "matmul, softmax", "matmul, softmax, Inductor", "top-k, C++", "top-k, chunked ATen"}),
     "benchmark_ffn": (2, {"torch, dense", "Inductor, dense", "top-k, ATen", "top-k, C++"}),
+    "benchmark_masks": (1, {"causal", "causal: SDPA", "window of 512", "ALiBi, read", "T5's bias, computed: SDPA"}),
     "benchmark_model": (3, {"SDPA, Inductor", 'backend="topk"'}),
 }  # fmt: skip
 
