@@ -21,7 +21,7 @@ import torch
 from inputs import LAYOUTS, attention_inputs
 from kernel_checks import DTYPES, INF, LOWEST, NAN, check_attention, check_ffn, ffn_arguments, normal
 from topk_fx.lowering import cpu
-from topk_fx.lowering.cpu import build
+from topk_fx.lowering.cpu import build, screening
 from torch import Tensor
 
 SANITIZERS = (
@@ -42,6 +42,8 @@ SCORES = {
     "keep(and(le(j, i), $0), -inf)": lambda full: [(torch.arange(full[3]) < full[3] // 2 + 1).view(1, 1, 1, -1)],
     "add($0)": lambda full: [torch.zeros(full[-2:]).masked_fill(torch.rand(full[-2:]) < 0.5, LOWEST)[None, None]],
     "div(2.0) tanh mul(2.0) add($0) causal": lambda full: [torch.randn(1, full[1], full[3], full[2]).mT],
+    "div(2.0) tanh mul(2.0) keep($0, -1e9)": lambda full: [torch.rand(1, 1, *full[2:]) < 0.9],
+    "mul(2.0) add($0) sub($1)": lambda full: [torch.randn(1, full[1], *full[2:]), torch.randn(1, 1, 1, full[3])],
     "add(lookup($0, minimum(abs(sub(j, i)), 15)))": lambda full: [torch.randn(1, full[1], 1, 16)],
 }
 """Score functions with what draws their operands, given [B, Hq, Lq, Lk]."""
@@ -57,7 +59,7 @@ def main(name: str) -> None:
         start_builds()
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            count = sum(1 for run in (attention, scores, hard_rows, empty_tensors, ffns) for _ in run())
+            count = sum(1 for run in (attention, scores, hard_rows, screened, empty_tensors, ffns) for _ in run())
             print(f"{name}, {threads} threads: {count} calls without a report")
 
 
@@ -127,6 +129,15 @@ def hard_rows() -> Iterator[Tensor]:
         rising = torch.arange(300.0).to(dtype).view(1, 1, 300, 1).expand(1, 2, 300, 16)
         for k in (1, 64, 299):
             yield check_attention(torch.ones_like(query), rising / 16, value, k=k, is_exact=True)
+
+
+def screened() -> Iterator[Tensor]:
+    """Keys screened in int8, if the instruction set has that."""
+    if screening.is_available():
+        with screening.forced(True) as counts:
+            yield from scores()
+            yield from hard_rows()
+        assert counts.screened > counts.left
 
 
 def empty_tensors() -> Iterator[Tensor]:

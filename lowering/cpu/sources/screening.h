@@ -28,8 +28,10 @@ namespace {
 constexpr int CHUNK = 256;  // keys: their panels stay in the first-level cache while all groups of a tile pass
 constexpr int CHUNK_PANELS = CHUNK / PANEL;
 constexpr float LARGEST_BOUND = 32000;  // none is larger, and without terms none is below -32001
-constexpr float LARGEST_PART = 6000;  // the largest bound of a product that terms are added to,
-constexpr float ANCHOR = 18000;  // and where the anchor stands: with terms as large as it the bounds reach from 12000 to 24000
+// Where terms are added: the largest bound of a product, and where among the bounds the anchor stands. Those of scores
+// whose terms are as large as the anchor reach from 12000 to 24000.
+constexpr float LARGEST_PART = 6000;
+constexpr float ANCHOR = 18000;
 constexpr int16_t MASKED = std::numeric_limits<int16_t>::min();
 
 inline __m512i load_bounds(const int16_t* x) { return _mm512_loadu_si512(x); }
@@ -199,7 +201,7 @@ class ScreenScan {
     BlockFacts facts{largest, s_.changes[chunk], 0};
     if (facts.change != Change::NONE)
       a_.before.bound(block_of(s_.chunks[chunk], row, std::min(GROUP_ROWS, tile_.rows - row)), largest, facts);
-    if (a_.affine.cap && facts.change == Change::WITHOUT_MASKS) facts.change = Change::NONE;  // to terms
+    if (a_.affine.cap && facts.change == Change::WITHOUT_MASKS) facts.change = Change::NONE;  // of the terms
     return facts;
   }
 
