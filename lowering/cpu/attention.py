@@ -224,6 +224,8 @@ def _programs_for(
         raise LoweringUnavailableError(f"the score function {score!r} has no C++: {error}") from error
 
     def address(name: str) -> int | None:
+        if name == "apply_terms" and not _affine(score, operands, kinds):
+            return None
         return ctypes.cast(getattr(library, name), ctypes.c_void_p).value
 
     return (

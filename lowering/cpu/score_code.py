@@ -1,7 +1,7 @@
 """A score program as C++: what `sources/score.h` declares, generated for one program and one kind of operands.
 
     apply        changes a block of scores in place: for each row a loop over the keys that the compiler vectorises
-    apply_terms  what `apply` makes of scores of 0, with no more than that takes
+    apply_terms  of an affine program, what `apply` makes of scores of 0, which it does not read
     apply_listed as `apply`, for keys that stand anywhere
     apply_kept   the same for the probabilities of kept keys
     bound        interval arithmetic on the same operations, for a whole block: an upper bound of its scores, so that
@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -89,11 +89,6 @@ def supports(program: Program, kinds: Sequence[OperandKind]) -> str:
     return ""
 
 
-_APPLY_TERMS = """extern "C" void apply_terms(const Block& block, float* scores, int64_t stride, Change change) {{
-  {};
-}}"""
-
-
 def source_of(before: Program, after: Program, kinds: Sequence[OperandKind]) -> str:
     """A translation unit that defines the functions of `before` and `after`, for `sources/score.h`.
 
@@ -108,24 +103,29 @@ def source_of(before: Program, after: Program, kinds: Sequence[OperandKind]) -> 
         change = "NONE" if reduced.result == SCORES else "WITHOUT_MASKS"
         affine = affine_of(before, kinds)
         parts += [
-            lines.apply("apply_all"),
-            simple.apply("apply_without_masks"),
-            'extern "C" void apply(const Block& block, float* scores, int64_t stride, Change change) {\n'
-            "  change == Change::ANY ? apply_all(block, scores, stride) : apply_without_masks(block, scores, stride);\n"
-            "}",
+            *_apply("apply", lines, simple, "scores[n]"),
             lines.apply_listed("apply_listed"),
             lines.bound(facts, change, affine),
         ]
         if affine and affine.cap:
-            parts += [
-                _Lines(terms_of(before, affine), kinds).apply("apply_all_terms"),
-                _APPLY_TERMS.format("apply_all_terms(block, scores, stride)"),
-            ]
-        else:
-            parts.append(_APPLY_TERMS.format("apply(block, scores, stride, change)"))
+            terms = _Lines(terms_of(before, affine), kinds)
+            parts += _apply("apply_terms", terms, terms, "0.0f")
+        elif affine:
+            parts += _apply("apply_terms", lines, simple, "0.0f")
     if after:
         parts.append(_Lines(after, kinds).apply_listed("apply_kept"))
     return "\n".join([*parts, ""])
+
+
+def _apply(name: str, lines: _Lines, simple: _Lines, score: str) -> Iterator[str]:
+    """A function that applies one or the other program to scores, and its parts."""
+    yield lines.apply(f"{name}_all", score)
+    yield simple.apply(f"{name}_without_masks", score)
+    yield (
+        f'extern "C" void {name}(const Block& block, float* scores, int64_t stride, Change change) {{\n'
+        f"  (change == Change::ANY ? {name}_all : {name}_without_masks)(block, scores, stride);\n"
+        "}"
+    )
 
 
 def _without_masks(program: Program, kinds: Sequence[OperandKind]) -> tuple[Program, list[tuple[Expression, int]]]:
@@ -277,8 +277,8 @@ class _Lines:
 
     # --- functions
 
-    def apply(self, name: str) -> str:
-        if self.program.result == SCORES:
+    def apply(self, name: str, score: str) -> str:
+        if self.program.result == SCORES and score == "scores[n]":
             return f"static void {name}(const Block&, float*, int64_t) {{}}"
         return (
             f"static void {name}(const Block& block, float* all_scores, int64_t stride) {{\n"
@@ -289,7 +289,7 @@ class _Lines:
             "    for (int32_t n = 0; n < count; n++) {\n"
             "      [[maybe_unused]] const int64_t at = n;\n"
             "      [[maybe_unused]] const int32_t j = int32_t(block.first_key) + n;\n"
-            f"{self._elements()}"
+            f"{self._elements(score)}"
             "    }\n"
             "  }\n"
             "}"
@@ -303,7 +303,7 @@ class _Lines:
             "    for (int32_t n = 0; n < count; n++) {\n"
             "      [[maybe_unused]] const int64_t at = keys[n];\n"
             "      [[maybe_unused]] const int32_t j = keys[n];\n"
-            f"{self._elements()}"
+            f"{self._elements('scores[n]')}"
             "    }\n"
             "}"
         )
@@ -332,8 +332,8 @@ class _Lines:
         lines += [self._declaration(name, value) for name, value in self.lines if not value.varies]
         return "".join(f"    {line}\n" for line in lines)
 
-    def _elements(self) -> str:
-        lines = ["[[maybe_unused]] const float s = scores[n];"]
+    def _elements(self, score: str) -> str:
+        lines = [f"[[maybe_unused]] const float s = {score};"]
         lines += [self._declaration(name, value) for name, value in self.lines if value.varies]
         lines += [f"scores[n] = {_cast(self.values[self.program.result], FLOAT).code};"]
         return "".join(f"      {line}\n" for line in lines)
@@ -354,14 +354,14 @@ class _Lines:
             "}",
             "[[maybe_unused]] const Interval i{double(first), double(last)};",
         ]
-        read = {x.index for name in self._needed() for x in self.program.operations[name].operands} - set(self.tables)
-        for index in sorted(read):
-            element = ELEMENT_TYPES[self.kinds[index].dtype]
-            lines.append(f"const Interval x{index} = interval_of<{element}>(block, {index}, matrices);")
+        needed = {x.index for name in self._needed() for x in self.program.operations[name].operands}
+        read = [(index, ELEMENT_TYPES[self.kinds[index].dtype]) for index in sorted(needed - set(self.tables))]
+        for number, (index, element) in enumerate(read):
+            known = f"matrices ? matrices + {number} : nullptr"
+            lines.append(f"const Interval x{index} = interval_of<{element}>(block, {index}, {known});")
         for name, value in self.lines:
             interval = value.interval
-            for index in read:
-                element = ELEMENT_TYPES[self.kinds[index].dtype]
+            for index, element in read:
                 interval = interval.replace(f"interval_of<{element}>(block, {index})", f"x{index}")
             lines.append(f"[[maybe_unused]] const Interval {self.values[name].code} = {interval};")
 
@@ -383,16 +383,23 @@ class _Lines:
         ]
         lines.append(f"facts.terms = {' + '.join(ends) or '0'};")
         body = "".join(f"  {line}\n" for line in lines)
-        parameters = "const Block& block, float largest_product, BlockFacts& facts"
-        any_matrix = " || ".join(f"is_matrix(block.operands[{index}])" for index in sorted(read)) or "false"
+        reads = "".join(
+            f"    read_matrix<{element}>(blocks, size, {index}, intervals + {number}, {len(read)});\n"
+            for number, (index, element) in enumerate(read)
+        )
+        any_matrix = " || ".join(f"is_matrix(block.operands[{index}])" for index, _ in read) or "false"
         return (
-            f"static void bound_with({parameters}, [[maybe_unused]] Matrices matrices) {{\n{body}}}\n"
-            f'extern "C" void bound({parameters}) {{\n'
-            f"  if ({any_matrix}) {{\n"
-            "    bound_with(block, largest_product, facts, Matrices::UNREAD);\n"
-            "    if (facts.upper == -INF) return;\n"
-            "  }\n"
-            "  bound_with(block, largest_product, facts, Matrices::READ);\n"
+            "static void bound_one(const Block& block, float largest_product,"
+            f" [[maybe_unused]] const Interval* matrices, BlockFacts& facts) {{\n{body}}}\n"
+            'extern "C" void bound(const Block& block, int64_t size, float largest_product, BlockFacts* facts) {\n'
+            "  const auto one = [&](const Block& part, const Interval* matrices, BlockFacts& found) {\n"
+            "    bound_one(part, largest_product, matrices, found);\n"
+            "  };\n"
+            "  const auto read = []([[maybe_unused]] const Block& blocks, [[maybe_unused]] int64_t size,"
+            " [[maybe_unused]] Interval* intervals) {\n"
+            f"{reads}"
+            "  };\n"
+            f"  bound_blocks<{max(len(read), 1)}>(block, size, facts, {any_matrix}, one, read);\n"
             "}"
         )
 

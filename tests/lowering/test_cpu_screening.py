@@ -297,6 +297,18 @@ def test_exact_sums_with_terms_give_the_same_bits(name):
     assert counts.screened > 2000
 
 
+@needs_vnni
+@pytest.mark.parametrize("score", ["mask($0)", "add($1)", "mask($0) add($1) causal"])
+def test_operands_read_for_many_chunks_belong_to_their_chunk(score):
+    """More chunks than are bounded at once, of which some are masked for some rows, and some are higher than others."""
+    query, key, value = integers(1, 2, 50, 16), integers(1, 2, 17_000, 16), integers(1, 2, 17_000, 16)
+    chunks = torch.randint(0, 4, (1, 1, 5, 67)).repeat_interleave(10, 2).repeat_interleave(256, 3)[..., :17_000]
+    bias = torch.where(chunks == 0, -INF, chunks.float()) + (0.25 * torch.randint(-4, 5, chunks.shape))
+    counts, _ = check(query, key, value, score, [chunks < 2, bias], scale=1.0, k=20, is_exact=True)
+    if "causal" not in score:
+        assert counts.left < 50
+
+
 HARD_TERMS = {
     "nan": lambda x: x.masked_fill(one_in(1000, *x.shape), NAN),
     "infinite": lambda x: x.masked_fill(one_in(1000, *x.shape), INF),

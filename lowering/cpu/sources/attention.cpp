@@ -25,7 +25,6 @@ namespace topk {
 namespace {
 
 constexpr int TILE_BYTES = 1 << 18;  // of the candidates of a tile: they stay in the second-level cache
-constexpr int MAX_TILE_ROWS = 96;
 constexpr int64_t MIN_SPLIT = 512;  // keys
 
 // Scores of up to FEW_ROWS rows by the keys of a block, where the keys lie. queries [rows][depth].

@@ -43,9 +43,9 @@ struct BlockFacts {
 };
 
 struct Program {
-  void (*bound)(const Block&, float largest_product, BlockFacts&);
+  void (*bound)(const Block&, int64_t size, float largest_product, BlockFacts*);  // of each `size` keys of the block
   void (*apply)(const Block&, float* scores, int64_t stride, Change);
-  void (*apply_terms)(const Block&, float* scores, int64_t stride, Change);  // where the scores are 0
+  void (*apply_terms)(const Block&, float* terms, int64_t stride, Change);  // of scores of 0; null if it is not affine
   void (*apply_listed)(const Block&, const int32_t* keys, float* scores);  // of one row; or its probabilities
 };
 
@@ -149,11 +149,43 @@ inline Interval interval_where(Interval c, Interval a, Interval b) {
   return c.low == 1 ? a : c.high == 0 ? b : unite(a, b);
 }
 
-// The smallest and the largest of floats, a vector at a time. They are compared as integers in the order of the floats; the
-// NaNs stand beyond the infinities.
-class Extremes {
+// The range of what it meets: elements of a row, a vector at a time.
+template <typename T>
+class Range {
  public:
-  template <typename T>
+  void meet(const T* x, int64_t count, int64_t stride) {
+    for (int64_t n = 0; n < count; n++) low_ = std::min(low_, x[n * stride]), high_ = std::max(high_, x[n * stride]);
+  }
+  Interval interval() const { return {double(low_), double(high_)}; }
+
+ private:
+  T low_ = std::numeric_limits<T>::max(), high_ = std::numeric_limits<T>::lowest();
+};
+
+// Bytes of 0 and 1, of which a loop without a branch takes a vector at a time.
+template <>
+class Range<bool> {
+ public:
+  void meet(const bool* x, int64_t count, int64_t stride) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(x);
+    uint8_t all = 1, any = 0;
+    if (stride == 1)
+      for (int64_t n = 0; n < count; n++) all &= bytes[n], any |= bytes[n];
+    else
+      for (int64_t n = 0; n < count; n++) all &= bytes[n * stride], any |= bytes[n * stride];
+    all_ &= all;
+    any_ |= any;
+  }
+  Interval interval() const { return condition(!all_, any_); }
+
+ private:
+  uint8_t all_ = 1, any_ = 0;
+};
+
+// Floats are compared as integers in the order of the floats; the NaNs stand beyond the infinities.
+template <typename T>
+class FloatRange {
+ public:
   void meet(const T* x, int64_t count, int64_t stride) {
     int64_t n = 0;
     if (stride == 1)
@@ -174,49 +206,86 @@ class Extremes {
   static float number_of(int32_t x) { return bit_cast<float>(x ^ ((x >> 31) & 0x7fffffff)); }
   Ints low_ = Ints{} + std::numeric_limits<int32_t>::max(), high_ = Ints{} + std::numeric_limits<int32_t>::min();
 };
+template <>
+class Range<float> : public FloatRange<float> {};
+template <>
+class Range<BFloat16> : public FloatRange<BFloat16> {};
+template <>
+class Range<Half> : public FloatRange<Half> {};
 
-// Whether an operand has an element for each query and key. To read those of a block takes time, and often other operands
-// tell that the block is masked.
+// Whether an operand has an element for each query and key.
 inline bool is_matrix(const Operand& x) { return x.query_stride && x.key_stride; }
-enum class Matrices { READ, UNREAD };
 
-// The interval of what an operand holds for a block.
-template <typename T>
-inline Interval interval_of(const Block& block, int operand, Matrices matrices) {
-  const Operand& x = block.operands[operand];
-  if (matrices == Matrices::UNREAD && is_matrix(x)) return std::is_same_v<T, bool> ? condition(true, true) : anything();
+// Calls with each row of an operand that a block has, from the block's first key on.
+template <typename T, typename Function>
+inline void for_rows_of(const Block& block, const Operand& x, const Function& function) {
   const T* previous = nullptr;
-  Interval found{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
-  Extremes floats;
   for (int64_t r = 0; r < block.row_count; r++) {
     const T* row = static_cast<const T*>(x.data) + block.batch * x.batch_stride +
                    block.rows[r].head * x.head_stride + block.rows[r].query * x.query_stride +
                    block.first_key * x.key_stride;
-    if (row == previous) continue;
+    if (row != previous) function(row);
     previous = row;
-    const int64_t count = x.key_stride ? block.key_count : 1, stride = x.key_stride;
-    if constexpr (std::is_same_v<T, bool>) {
-      // Bytes of 0 and 1, of which a loop without a branch takes a vector at a time.
-      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row);
-      uint8_t all = 1, any = 0;
-      if (stride == 1) {
-        // The next block of the same rows: each row of a mask is far from the last, and short for hardware to look ahead.
-        for (int64_t n = count; n < 2 * count; n += 64) prefetch(bytes + n);
-        for (int64_t n = 0; n < count; n++) all &= bytes[n], any |= bytes[n];
-      } else {
-        for (int64_t n = 0; n < count; n++) all &= bytes[n * stride], any |= bytes[n * stride];
-      }
-      found = unite(found, condition(!all, any));
-    } else if constexpr (std::is_integral_v<T>) {
-      T low = row[0], high = row[0];
-      for (int64_t n = 1; n < count; n++) low = std::min(low, row[n * stride]), high = std::max(high, row[n * stride]);
-      found = unite(found, {double(low), double(high)});
-    } else {
-      floats.meet(row, count, stride);
-    }
   }
-  if constexpr (!std::is_integral_v<T>) return floats.interval();
-  return found;
+}
+
+// The interval of what an operand holds for a block; of a matrix it is `known`, or where that is null whatever it can be.
+template <typename T>
+inline Interval interval_of(const Block& block, int operand, const Interval* known) {
+  const Operand& x = block.operands[operand];
+  if (is_matrix(x)) return known ? *known : std::is_same_v<T, bool> ? condition(true, true) : anything();
+  Range<T> range;
+  for_rows_of<T>(block, x, [&](const T* row) { range.meet(row, x.key_stride ? block.key_count : 1, x.key_stride); });
+  return range.interval();
+}
+
+// --- Blocks of `size` keys that follow each other. To read a matrix takes time: it is read only for blocks of which other
+// operands do not tell that they are masked.
+
+constexpr int64_t BLOCKS_AT_ONCE = 64;
+
+inline int64_t blocks_of(const Block& all, int64_t size) { return (all.key_count + size - 1) / size; }
+
+inline Block part_of(const Block& all, int64_t size, int64_t first, int64_t count) {
+  Block part = all;
+  part.first_key += first * size;
+  part.key_count = std::min(all.key_count - first * size, count * size);
+  return part;
+}
+
+// intervals[n * stride] becomes the interval of what a matrix holds for the n-th of up to BLOCKS_AT_ONCE blocks. The rows
+// are read side by side, a few cache lines of each at a time: that is quicker than one after the other.
+template <typename T>
+inline void read_matrix(const Block& all, int64_t size, int operand, Interval* intervals, int64_t stride) {
+  const Operand& x = all.operands[operand];
+  if (!is_matrix(x)) return;
+  constexpr int64_t PIECE = 256 / int64_t(sizeof(T));
+  for (int64_t n = 0; n * size < all.key_count; n++) {
+    Range<T> range;
+    const int64_t end = std::min((n + 1) * size, all.key_count);
+    for (int64_t first = n * size; first < end; first += PIECE)
+      for_rows_of<T>(all, x, [&](const T* row) {
+        range.meet(row + first * x.key_stride, std::min(PIECE, end - first), x.key_stride);
+      });
+    intervals[n * stride] = range.interval();
+  }
+}
+
+// facts[n] of the n-th block, by `bound` of one block and the intervals of its OPERANDS operands, which `read` reads.
+template <int OPERANDS, typename Bound, typename Read>
+inline void bound_blocks(const Block& all, int64_t size, BlockFacts* facts, bool has_matrix, const Bound& bound,
+                         const Read& read) {
+  const int64_t count = blocks_of(all, size);
+  for (int64_t n = 0; n < count; n++) bound(part_of(all, size, n, 1), nullptr, facts[n]);
+  if (!has_matrix) return;
+  Interval intervals[BLOCKS_AT_ONCE * OPERANDS];
+  for (int64_t n = 0, end; n < count; n = end) {
+    end = n + 1;
+    if (facts[n].upper == -INF) continue;
+    while (end < std::min(count, n + BLOCKS_AT_ONCE) && facts[end].upper > -INF) end++;
+    read(part_of(all, size, n, end - n), size, intervals);
+    for (int64_t m = n; m < end; m++) bound(part_of(all, size, m, 1), intervals + (m - n) * OPERANDS, facts[m]);
+  }
 }
 
 // The interval of a table, if it is short.
@@ -224,15 +293,15 @@ template <typename T>
 inline Interval interval_of_table(const Block& block, int operand) {
   const Operand& x = block.operands[operand];
   if (x.size > block.key_count || x.size == 0) return anything();
-  Extremes seen;
+  Range<T> range;
   int64_t previous = -1;
   for (int64_t r = 0; r < block.row_count; r++) {
     const int64_t head = block.rows[r].head;
     if (head == previous) continue;
     previous = head;
-    seen.meet(static_cast<const T*>(x.data) + block.batch * x.batch_stride + head * x.head_stride, x.size, x.key_stride);
+    range.meet(static_cast<const T*>(x.data) + block.batch * x.batch_stride + head * x.head_stride, x.size, x.key_stride);
   }
-  return seen.interval();
+  return range.interval();
 }
 
 // --- Elementwise functions without a branch, so that loops of them vectorise

@@ -107,14 +107,11 @@ class FewScan {
       const Block block{a_.operands, tile_.batch, scratch_.positions, tile_.rows, first, count};
       BlockFacts facts{0, Change::NONE};
       if (a_.before.bound) {
-        a_.before.bound(block, INF, facts);
+        a_.before.bound(block, BLOCK, INF, &facts);
         if (facts.upper == -INF) continue;
       }
       const bool is_masked = facts.change != Change::NONE;
-      if (is_masked) {
-        std::fill(s_.masks, s_.masks + tile_.rows * BLOCK, 0.0f);
-        a_.before.apply(block, s_.masks, BLOCK, Change::ANY);
-      }
+      if (is_masked) a_.before.apply_terms(block, s_.masks, BLOCK, Change::ANY);
       for (int64_t n = 0; n < count; n += PANEL) {
         const float* masks = is_masked ? s_.masks + n : nullptr;
         if (tile_.rows == 1)

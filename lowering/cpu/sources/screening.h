@@ -84,7 +84,7 @@ struct ScreenScratch {
   int16_t *bounds, *maxima;  // [tile rows][stride], [tile rows][max_panels][PANEL]
   int32_t* chunks;  // [stride / CHUNK]: the first key of each chunk that has bounds
   Change* changes;  // [stride / CHUNK]: what the program may do to a chunk's scores
-  BlockFacts* facts;  // [stride / CHUNK][groups], where the program has terms
+  BlockFacts* facts;  // [groups][stride / CHUNK], of the same
   bool* is_left;  // to a scan of all scores
   float *scales, *lost_keys, *left_keys;  // of the rows, of a product of integers in units of a row, and of its margin
   float *units, *roundings;  // of the rows: a score, and the rounding of terms, in units of a row
@@ -102,7 +102,7 @@ struct ScreenScratch {
     maxima = arena.take<int16_t>(tile_rows * max_panels * PANEL);
     chunks = arena.take<int32_t>(stride / CHUNK);
     changes = arena.take<Change>(stride / CHUNK);
-    facts = arena.take<BlockFacts>(a.affine.only_masks ? 0 : stride / CHUNK * (tile_rows / GROUP_ROWS));
+    facts = arena.take<BlockFacts>(stride / CHUNK * (tile_rows / GROUP_ROWS));
     is_left = arena.take<bool>(tile_rows);
     for (float** x : {&scales, &lost_keys, &left_keys, &units, &roundings, &anchors})
       *x = arena.take<float>(tile_rows + LANES);
@@ -130,13 +130,17 @@ class ScreenScan {
     const bool asks_for_tile = a_.before.bound && !reads_matrix(a_);
     for (int64_t first = 0; first < a_.keys; first += CHUNK) {
       BlockFacts facts{0, a_.before.bound ? Change::ANY : Change::NONE, 0};
-      if (asks_for_tile) a_.before.bound(block_of(first, 0, tile_.rows), 0, facts);
+      if (asks_for_tile) a_.before.bound(block_of(first, 0, tile_.rows), CHUNK, 0, &facts);
       if (facts.upper == -INF) continue;
       s_.chunks[chunk_count_] = int32_t(first);
       s_.changes[chunk_count_++] = facts.change;
     }
-    if (!a_.affine.only_masks)
-      for (int row = 0; row < tile_.rows; row += GROUP_ROWS) anchor_group(row);
+    for (int row = 0; row < tile_.rows; row += GROUP_ROWS) {
+      if (a_.affine.only_masks)
+        find_facts(row, 0);
+      else
+        anchor_group(row);
+    }
     for (int n = 0; n < chunk_count_; n++)
       for (int row = 0; row < tile_.rows; row += GROUP_ROWS) bound_group(n, row);
   }
@@ -197,12 +201,22 @@ class ScreenScan {
     return {a_.operands, tile_.batch, scratch_.positions + row, rows, first, std::min<int64_t>(CHUNK, a_.keys - first)};
   }
 
-  BlockFacts facts_of(int chunk, int row, float largest) const {
-    BlockFacts facts{largest, s_.changes[chunk], 0};
-    if (facts.change != Change::NONE)
-      a_.before.bound(block_of(s_.chunks[chunk], row, std::min(GROUP_ROWS, tile_.rows - row)), largest, facts);
-    if (a_.affine.cap && facts.change == Change::WITHOUT_MASKS) facts.change = Change::NONE;  // of the terms
-    return facts;
+  BlockFacts* facts_of(int row) const { return s_.facts + row / GROUP_ROWS * (s_.stride / CHUNK); }
+
+  // What is known of a group and each chunk. The program is asked for chunks that follow each other at a time.
+  void find_facts(int row, float largest) const {
+    BlockFacts* facts = facts_of(row);
+    for (int n = 0, end; n < chunk_count_; n = end) {
+      end = n + 1;
+      facts[n] = {largest, s_.changes[n], 0};
+      if (s_.changes[n] == Change::NONE) continue;
+      while (end < chunk_count_ && s_.changes[end] != Change::NONE && s_.chunks[end] == s_.chunks[end - 1] + CHUNK) end++;
+      Block block = block_of(s_.chunks[n], row, std::min(GROUP_ROWS, tile_.rows - row));
+      block.key_count = std::min<int64_t>((end - n) * CHUNK, a_.keys - block.first_key);
+      a_.before.bound(block, CHUNK, largest, facts + n);
+      for (; a_.affine.cap && n < end; n++)  // the terms of what is capped are its masks and fills
+        if (facts[n].change == Change::WITHOUT_MASKS) facts[n].change = Change::NONE;
+    }
   }
 
   // Units of scores, anchors and roundings of a group's rows, and which chunks are too low for all of them.
@@ -215,20 +229,19 @@ class ScreenScan {
       least_unit = std::min(least_unit, double(s_.units[r]));
       most_above = std::max(most_above, above_filled(r));
     });
-    BlockFacts* facts = s_.facts + row / GROUP_ROWS;
-    const int groups = int(rounded_up(tile_.rows, GROUP_ROWS)) / GROUP_ROWS;
+    find_facts(row, float(largest));
+    BlockFacts* facts = facts_of(row);
     double upper = -inf, terms = 0;
     int highest = 0;  // of the chunks
     for (int n = 0; n < chunk_count_; n++) {
-      facts[n * groups] = facts_of(n, row, float(largest));
-      if (facts[n * groups].upper > upper) {
-        upper = facts[n * groups].upper;
+      if (facts[n].upper > upper) {
+        upper = facts[n].upper;
         highest = n;
       }
     }
-    const double anchor = upper < inf ? largest_term(highest, row, facts[highest * groups].change) : inf;
+    const double anchor = upper < inf ? largest_term(highest, row, facts[highest].change) : inf;
     for (int n = 0; n < chunk_count_; n++) {
-      BlockFacts& chunk = facts[n * groups];
+      BlockFacts& chunk = facts[n];
       if ((chunk.upper - anchor) * least_unit + most_above < lowest_sum()) chunk.upper = -inf;
       if (chunk.upper > -inf) terms = std::max(terms, chunk.terms);
     }
@@ -264,7 +277,9 @@ class ScreenScan {
     if (chunk_count_ == 0 || change == Change::NONE) return 0;
     const int rows = std::min(GROUP_ROWS, tile_.rows - row);
     find_terms(s_.chunks[chunk], row, rows, change);
-    const float largest = *std::max_element(s_.terms, s_.terms + rows * CHUNK);
+    Vec most = load(s_.terms);
+    for (int n = LANES; n < rows * CHUNK; n += LANES) most = _mm512_max_ps(most, load(s_.terms + n));
+    const float largest = _mm512_reduce_max_ps(most);
     return largest > -INF ? largest : 0;
   }
 
@@ -272,11 +287,11 @@ class ScreenScan {
   static float lowest_sum() { return MASKED - ANCHOR - 2; }
 
   void bound_group(int chunk, int row) {
-    const int rows = std::min(GROUP_ROWS, tile_.rows - row), groups = int(rounded_up(tile_.rows, GROUP_ROWS)) / GROUP_ROWS;
+    const int rows = std::min(GROUP_ROWS, tile_.rows - row);
     const int64_t first = s_.chunks[chunk], count = std::min<int64_t>(CHUNK, a_.keys - first);
     int16_t* bounds = s_.bounds + row * s_.stride + chunk * CHUNK;
     const bool only_masks = a_.affine.only_masks;
-    const BlockFacts facts = only_masks ? facts_of(chunk, row, 0) : s_.facts[chunk * groups + row / GROUP_ROWS];
+    const BlockFacts& facts = facts_of(row)[chunk];
     if (facts.upper == -INF) {
       for (int r = 0; r < rows; r++) std::fill_n(bounds + r * s_.stride, CHUNK, MASKED);
       return;
@@ -301,9 +316,10 @@ class ScreenScan {
   // What the program makes of scores of 0; -inf beyond the last key.
   void find_terms(int64_t first, int row, int rows, Change change) const {
     const Block block = block_of(first, row, rows);
-    std::fill_n(s_.terms, GROUP_ROWS * CHUNK, 0.0f);
+    if (change == Change::NONE) std::fill_n(s_.terms, rows * CHUNK, 0.0f);
     if (change != Change::NONE) a_.before.apply_terms(block, s_.terms, CHUNK, change);
-    for (int r = 0; r < GROUP_ROWS; r++) std::fill(s_.terms + r * CHUNK + block.key_count, s_.terms + (r + 1) * CHUNK, -INF);
+    for (int r = 0; r < rows; r++) std::fill(s_.terms + r * CHUNK + block.key_count, s_.terms + (r + 1) * CHUNK, -INF);
+    std::fill(s_.terms + rows * CHUNK, s_.terms + GROUP_ROWS * CHUNK, 0.0f);
   }
 
   // Bits of the keys that are not masked.

@@ -207,6 +207,8 @@ inline int32_t largest(Ints v) {
 }
 
 inline void prefetch(const void* x) {
+  // GCC drops calls of functions that do nothing but prefetch, unless something in them is volatile.
+  asm volatile("");
   __builtin_prefetch(x);
 }
 

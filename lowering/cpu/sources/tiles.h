@@ -7,6 +7,7 @@
 namespace topk {
 namespace {
 
+constexpr int MAX_TILE_ROWS = 96;
 constexpr int FEW_ROWS = 8;  // up to so many rows sharing a key head, the keys are not packed
 
 // The panels of a block of keys, zero beyond the last key; returns their largest squared norm where bounds need it.
@@ -72,14 +73,19 @@ void pack_queries(const Arguments& a, const Tile& tile, Scratch& s) {
   }
 }
 
+// Whether none of a block's scores can become a candidate.
+bool is_below(const BlockFacts& facts, const Candidates* rows, int64_t row_count) {
+  float lowest = INF;
+  for (int64_t r = 0; r < row_count; r++) lowest = std::min(lowest, rows[r].threshold);
+  return facts.upper <= lowest;
+}
+
 // What is known of some rows by a block of keys before its products are computed; whether it can be skipped.
 bool can_skip(const Arguments& a, const Block& block, const Candidates* rows, float largest_product, BlockFacts& facts) {
   facts = {std::numeric_limits<double>::infinity(), Change::NONE};
   if (!a.before.bound) return false;
-  a.before.bound(block, largest_product, facts);
-  float lowest = INF;
-  for (int64_t r = 0; r < block.row_count; r++) lowest = std::min(lowest, rows[r].threshold);
-  return facts.upper <= lowest;
+  a.before.bound(block, BLOCK, largest_product, &facts);
+  return is_below(facts, rows, block.row_count);
 }
 
 // An upper bound of |scale * q.k| of some rows, rounding included.
@@ -120,17 +126,19 @@ class TileScan {
       : a_(a), tile_(tile), s_(scratch), keys_(keys), limits_(limits), factors_(factors_of(a.depth)) {}
 
   void run() {
-    // Where reading the operands takes time, they are read once, for the groups.
-    const bool asks_for_tile = a_.before.bound && !reads_matrix(a_);
+    const bool reads = a_.before.bound && reads_matrix(a_), asks_for_tile = a_.before.bound && !reads;
     for (int64_t first = 0; first < a_.keys; first += BLOCK) {
       BlockFacts facts{0, a_.before.bound ? Change::ANY : Change::NONE};
       if (asks_for_tile && skips(first, 0, tile_.rows, facts)) continue;
+      if (reads && first % (AHEAD * BLOCK) == 0) look_ahead(first);
       panels_ = keys_.panels_of(a_, tile_.batch, tile_.key_head, first);
-      facts.change == Change::NONE ? filter_tile(first) : scan_groups(first);
+      facts.change == Change::NONE ? filter_tile(first) : scan_groups(first, reads);
     }
   }
 
  private:
+  static constexpr int AHEAD = 8;  // blocks
+
   int64_t count_of(int64_t first) const { return std::min<int64_t>(BLOCK, a_.keys - first); }
 
   Block block_of(int64_t first, int row, int rows) const {
@@ -140,6 +148,19 @@ class TileScan {
   bool skips(int64_t first, int row, int rows, BlockFacts& facts) const {
     const float largest = product_bound(a_, s_.norms + row, rows, keys_.norm_of(first));
     return can_skip(a_, block_of(first, row, rows), s_.candidates + row, largest, facts);
+  }
+
+  // What is known of each group and the next blocks, where it is read: many keys of a row at a time.
+  void look_ahead(int64_t first) {
+    const int64_t end = std::min<int64_t>(first + AHEAD * BLOCK, a_.keys);
+    float key_norm = 0;
+    for (int64_t n = first; n < end; n += BLOCK) key_norm = std::max(key_norm, keys_.norm_of(n));
+    for (int row = 0; row < tile_.rows; row += GROUP_ROWS) {
+      Block blocks = block_of(first, row, std::min(GROUP_ROWS, tile_.rows - row));
+      blocks.key_count = end - first;
+      const float largest = product_bound(a_, s_.norms + row, int(blocks.row_count), key_norm);
+      a_.before.bound(blocks, BLOCK, largest, ahead_[row / GROUP_ROWS]);
+    }
   }
 
   // The group of rows from `row` on with the panel that begins at a key.
@@ -160,12 +181,13 @@ class TileScan {
   }
 
   // A block of which more may be known for some rows than for others.
-  void scan_groups(int64_t first) {
+  void scan_groups(int64_t first, bool is_known) {
     const int64_t end = first + count_of(first);
     for (int row = 0; row < tile_.rows; row += GROUP_ROWS) {
       const int rows = std::min(GROUP_ROWS, tile_.rows - row);
       BlockFacts facts;
-      if (skips(first, row, rows, facts)) continue;
+      if (is_known) facts = ahead_[row / GROUP_ROWS][first / BLOCK % AHEAD];
+      if (is_known ? is_below(facts, s_.candidates + row, rows) : skips(first, row, rows, facts)) continue;
       if (facts.change == Change::NONE) {
         for (int64_t key = first; key < end; key += PANEL) filter_pair(row, key);
         continue;
@@ -185,6 +207,7 @@ class TileScan {
   const Limits& limits_;
   const int64_t factors_;
   const Factor* panels_ = nullptr;  // of the block at hand
+  BlockFacts ahead_[MAX_TILE_ROWS / GROUP_ROWS][AHEAD];
 };
 
 }  // namespace
