@@ -31,15 +31,21 @@ constexpr int64_t MIN_SPLIT = 512;  // keys
 void multiply_few(const Arguments& a, int64_t batch, int64_t head, int64_t first, int64_t count, const Query* queries,
                   int64_t query_stride, int rows, float* scores) {
   const Vec scale = broadcast(float(a.scale));
+  const Query* keys = row_of<Query>(a.key, batch, head, first);
   for (int64_t begin = 0; begin < count; begin += LANES) {
-    const Query* keys[LANES];
-    for (int j = 0; j < LANES; j++) keys[j] = row_of<Query>(a.key, batch, head, first + std::min(begin + j, count - 1));
-    for (int r = 0; r < rows; r++) {
-      // Meanwhile the next keys, some with each row: they are in other pages, where no hardware looks ahead.
-      for (int j = r * LANES / rows; j < (r + 1) * LANES / rows; j++)
-        prefetch_row(row_of<Query>(a.key, batch, head, std::min(first + begin + LANES + j, a.keys - 1)), a.depth);
-      store(scores + r * BLOCK + begin, mul(dots(queries + r * query_stride, keys, a.depth), scale));
-    }
+    const auto key_at = [&](int64_t n) { return keys + std::min(begin + n, count - 1) * a.key.strides[2]; };
+    // Meanwhile the next keys, where they lie in other pages and no hardware looks ahead.
+    if (a.key.strides[2] != a.depth)
+      for (int64_t n = LANES; n < 2 * LANES; n++)
+        prefetch_row(row_of<Query>(a.key, batch, head, std::min(first + begin + n, a.keys - 1)), a.depth);
+    const auto multiply = [&]<int COUNT>(int r) {
+      Vec found[COUNT];
+      dots(queries + r * query_stride, query_stride, key_at, a.depth, found);
+      for (int i = 0; i < COUNT; i++) store(scores + (r + i) * BLOCK + begin, mul(found[i], scale));
+    };
+    int r = 0;
+    for (; r + 2 <= rows; r += 2) multiply.template operator()<2>(r);
+    if (r < rows) multiply.template operator()<1>(r);
   }
 }
 

@@ -58,53 +58,77 @@ inline void prefetch_row(const T* row, int64_t columns) {
 template <typename T>
 constexpr int DOT_COLUMNS = IN_PAIRS<T> ? 2 * LANES : LANES;  // that one vector of products takes
 
-// products[n] += x[column ..] * rows[n][column ..], with VECTORS vectors of x in registers.
-template <int VECTORS, typename T>
-inline void add_products(const T* x, const T* const (&rows)[LANES], int64_t column, Vec (&products)[LANES]) {
-  constexpr int STEP = DOT_COLUMNS<T>;
 #if defined(TOPK_AVX512_BF16)
-  if constexpr (IN_PAIRS<T>) {
-    __m512i factors[VECTORS];
-#pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; c++) factors[c] = _mm512_loadu_si512(x + column + c * STEP);
-#pragma GCC unroll 16
-    for (int n = 0; n < LANES; n++)
-#pragma GCC unroll 8
-      for (int c = 0; c < VECTORS; c++)
-        products[n] = _mm512_dpbf16_ps(products[n], (__m512bh)_mm512_loadu_si512(rows[n] + column + c * STEP),
-                                       (__m512bh)factors[c]);
-    return;
-  }
+inline __m512i load_factors(const BFloat16* x) { return _mm512_loadu_si512(x); }
+inline Vec add_product(__m512i a, __m512i b, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#else
+inline Vec load_factors(const BFloat16* x) { return load(x); }
 #endif
-  Vec factors[VECTORS];
+inline Vec load_factors(const Half* x) { return load(x); }
+inline Vec load_factors(const float* x) { return load(x); }
+inline Vec add_product(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+
+// products[i][n] += x[i * x_stride + column ..] * row_at(n)[column ..], with VECTORS vectors of each x in registers. One row
+// after the other, as they lie in memory: that is how hardware looks ahead. (Measured on Zen 4, one core, 128 columns of
+// float32: in this order 19 GB/s, and all unrolled, which is not in order any more, 10 GB/s.)
+template <int VECTORS, int COUNT, typename T, typename RowAt>
+inline void add_products(const T* x, int64_t x_stride, const RowAt& row_at, int64_t column,
+                         Vec (&products)[COUNT][LANES]) {
+  constexpr int STEP = DOT_COLUMNS<T>;
+  decltype(load_factors(x)) factors[COUNT][VECTORS];
+#pragma GCC unroll 2
+  for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-  for (int c = 0; c < VECTORS; c++) factors[c] = load(x + column + c * STEP);
-#pragma GCC unroll 16
-  for (int n = 0; n < LANES; n++)
+    for (int c = 0; c < VECTORS; c++) factors[i][c] = load_factors(x + i * x_stride + column + c * STEP);
+#pragma GCC unroll 1
+  for (int n = 0; n < LANES; n++) {
+    const T* row = row_at(n) + column;
+    Vec sums[COUNT];
+#pragma GCC unroll 2
+    for (int i = 0; i < COUNT; i++) sums[i] = products[i][n];
 #pragma GCC unroll 8
-    for (int c = 0; c < VECTORS; c++) products[n] = fma(load(rows[n] + column + c * STEP), factors[c], products[n]);
+    for (int c = 0; c < VECTORS; c++) {
+      const auto factor = load_factors(row + c * STEP);
+#pragma GCC unroll 2
+      for (int i = 0; i < COUNT; i++) sums[i] = add_product(factor, factors[i][c], sums[i]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < COUNT; i++) products[i][n] = sums[i];
+  }
 }
 
-// Lane n of the result is the dot product of x and rows[n].
-template <typename T>
-Vec dots(const T* x, const T* const (&rows)[LANES], int64_t columns) {
-  constexpr int STEP = DOT_COLUMNS<T>;
-  Vec products[LANES];
-#pragma GCC unroll 16
-  for (int n = 0; n < LANES; n++) products[n] = zero();
+// Lane n of results[i] is the dot product of the i-th x and row_at(n). A table of the rows would be no help: reading back
+// what was stored just now waits for all that came before.
+template <int COUNT, typename T, typename RowAt>
+void dots(const T* x, int64_t x_stride, const RowAt& row_at, int64_t columns, Vec (&results)[COUNT]) {
+  constexpr int STEP = DOT_COLUMNS<T>, MOST = LANES >= 16 ? 8 : 4;
+  Vec products[COUNT][LANES];
+  for (int i = 0; i < COUNT; i++)
+    for (int n = 0; n < LANES; n++) products[i][n] = zero();
   int64_t column = 0;
-  for (; column + 4 * STEP <= columns; column += 4 * STEP) add_products<4>(x, rows, column, products);
-  for (; column + STEP <= columns; column += STEP) add_products<1>(x, rows, column, products);
-  Vec total = sums(products);
-  if (column < columns) {
+  for (; column + MOST * STEP <= columns; column += MOST * STEP)
+    add_products<MOST>(x, x_stride, row_at, column, products);
+  for (; column + MOST / 2 * STEP <= columns; column += MOST / 2 * STEP)
+    add_products<MOST / 2>(x, x_stride, row_at, column, products);
+  for (; column + STEP <= columns; column += STEP) add_products<1>(x, x_stride, row_at, column, products);
+  for (int i = 0; i < COUNT; i++) {
+    results[i] = sums(products[i]);
+    if (column == columns) continue;
     float rest[LANES];
     for (int n = 0; n < LANES; n++) {
+      const T* row = row_at(n);
       rest[n] = 0;
-      for (int64_t c = column; c < columns; c++) rest[n] += to_float(rows[n][c]) * to_float(x[c]);
+      for (int64_t c = column; c < columns; c++) rest[n] += to_float(row[c]) * to_float(x[i * x_stride + c]);
     }
-    total = add(total, load(rest));
+    results[i] = add(results[i], load(rest));
   }
-  return total;
+}
+
+template <typename T, typename RowAt>
+Vec dots(const T* x, const RowAt& row_at, int64_t columns) {
+  Vec results[1];
+  dots(x, 0, row_at, columns, results);
+  return results[0];
 }
 
 // result[0 .. VECTORS * LANES) = sum over n of weights[n] * rows[offsets[n] ..]

@@ -198,9 +198,8 @@ class FewScan {
     // All of them first: they lie far apart, and none waits for another.
     for (int n = 0; n < found.count; n++) prefetch_row(row_at(n), a_.depth);
     for (int n = 0; n < found.count; n += LANES) {
-      const Query* keys[LANES];
-      for (int lane = 0; lane < LANES; lane++) keys[lane] = row_at(n + lane);
-      const Vec scores = mul(dots(scratch_.queries + r * a_.depth, keys, a_.depth), broadcast(float(a_.scale)));
+      const auto key_at = [&](int lane) { return row_at(n + lane); };
+      const Vec scores = mul(dots(scratch_.queries + r * a_.depth, key_at, a_.depth), broadcast(float(a_.scale)));
       store(reinterpret_cast<float*>(found.scores + n), scores);
     }
     const int count = found.count;

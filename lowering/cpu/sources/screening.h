@@ -442,12 +442,8 @@ class ScreenScan {
     const Query *query = query_of(row), *rows = row_of<Query>(a_.key, tile_.batch, tile_.key_head, 0);
     const auto row_at = [&](int n) { return rows + found.indices[std::min(n, found.count - 1)] * a_.key.strides[2]; };
     for (int n = 0; n < found.count; n += LANES) {
-      const Query* keys[LANES];
-      for (int lane = 0; lane < LANES; lane++) {
-        keys[lane] = row_at(n + lane);
-        prefetch_row(row_at(n + lane + LANES), a_.depth);
-      }
-      store(reinterpret_cast<float*>(found.scores + n), mul(dots(query, keys, a_.depth), broadcast(float(a_.scale))));
+      const auto key_at = [&](int lane) { return row_at(n + lane); };
+      store(reinterpret_cast<float*>(found.scores + n), mul(dots(query, key_at, a_.depth), broadcast(float(a_.scale))));
     }
     if (a_.affine.only_masks) return;
     const Block block{a_.operands, tile_.batch, scratch_.positions + row, 1, 0, found.count};

@@ -51,13 +51,13 @@ void kept_products(const Element* row, const Element* table, int64_t stride, con
                    int64_t columns, float* products) {
   for (int64_t first = 0; first < kept; first += LANES) {
     const int64_t count = std::min<int64_t>(LANES, kept - first);
-    const Element* chosen[LANES];
-    for (int64_t n = 0; n < LANES; n++)
-      chosen[n] = n < count && indices[first + n] >= 0 ? table + indices[first + n] * stride : row;
+    const auto row_at = [&](int64_t n) {
+      return n < count && indices[first + n] >= 0 ? table + indices[first + n] * stride : row;
+    };
     for (int64_t n = first + LANES; n < std::min(first + 2 * LANES, kept); n++)
       if (indices[n] >= 0) prefetch(table + indices[n] * stride);
     float found[LANES];
-    store(found, dots(row, chosen, columns));
+    store(found, dots(row, row_at, columns));
     for (int64_t n = 0; n < count; n++) products[first + n] = indices[first + n] >= 0 ? found[n] : 0.0f;
   }
 }
