@@ -34,18 +34,14 @@ void multiply_few(const Arguments& a, int64_t batch, int64_t head, int64_t first
   const Query* keys = row_of<Query>(a.key, batch, head, first);
   for (int64_t begin = 0; begin < count; begin += LANES) {
     const auto key_at = [&](int64_t n) { return keys + std::min(begin + n, count - 1) * a.key.strides[2]; };
-    // Meanwhile the next keys, where they lie in other pages and no hardware looks ahead.
-    if (a.key.strides[2] != a.depth)
-      for (int64_t n = LANES; n < 2 * LANES; n++)
-        prefetch_row(row_of<Query>(a.key, batch, head, std::min(first + begin + n, a.keys - 1)), a.depth);
-    const auto multiply = [&]<int COUNT>(int r) {
-      Vec found[COUNT];
+    const auto multiply = [&](auto rows_at_once, int r) {
+      Vec found[rows_at_once];
       dots(queries + r * query_stride, query_stride, key_at, a.depth, found);
-      for (int i = 0; i < COUNT; i++) store(scores + (r + i) * BLOCK + begin, mul(found[i], scale));
+      for (int i = 0; i < rows_at_once; i++) store(scores + (r + i) * BLOCK + begin, mul(found[i], scale));
     };
     int r = 0;
-    for (; r + 2 <= rows; r += 2) multiply.template operator()<2>(r);
-    if (r < rows) multiply.template operator()<1>(r);
+    for (; r + 2 <= rows; r += 2) multiply(std::integral_constant<int, 2>(), r);
+    if (r < rows) multiply(std::integral_constant<int, 1>(), r);
   }
 }
 
