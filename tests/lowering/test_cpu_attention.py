@@ -240,7 +240,7 @@ def problems(draw):
         "batch": (draw(st.integers(1, 2)),),
         "heads": key_heads * group,
         "key_heads": key_heads,
-        "queries": draw(st.sampled_from([1, 2, 4, 8, 9, 30, 130])),
+        "queries": draw(st.sampled_from([1, 2, 4, 8, 9, 16, 17, 30, 130])),
         "keys": draw(st.sampled_from([1, 5, 64, 65, 128, 300, 1100])),
         "head_size": draw(st.sampled_from([1, 7, 16, 33, 40, 64])),
         "value_size": draw(st.sampled_from([1, 15, 16, 37])),

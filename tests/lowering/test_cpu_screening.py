@@ -513,7 +513,7 @@ def problems(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from(DTYPES))
     key_heads, group, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    queries, keys = draw(st.sampled_from([9, 30, 130])), draw(st.sampled_from([20, 300, 1200]))
+    queries, keys = draw(st.sampled_from([17, 30, 130])), draw(st.sampled_from([20, 300, 1200]))
     size, value_size = draw(st.sampled_from([1, 7, 16, 40, 64])), draw(st.sampled_from([1, 16, 37]))
     query = normal(batch, key_heads * group, queries, size, generator=generator)
     key = normal(batch, key_heads, keys, size, generator=generator)
@@ -580,7 +580,7 @@ def exact_problems(draw):
     """Integers and quarters, whose scores float32 knows exactly but for a few that are far too low to be kept."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     batch, key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    queries, keys = draw(st.sampled_from([9, 50, 130])), draw(st.sampled_from([40, 256, 300, 1300]))
+    queries, keys = draw(st.sampled_from([17, 50, 130])), draw(st.sampled_from([40, 256, 300, 1300]))
     size = draw(st.sampled_from([1, 4, 16, 33]))
 
     def whole(most, *shape):

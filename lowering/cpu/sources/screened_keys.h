@@ -24,6 +24,8 @@ struct CopyArguments {
 namespace {
 
 constexpr int KEY_FACTS = 3;
+constexpr int ROWS_AT_ONCE = 8;  // queries that a panel is multiplied with
+static_assert(ROWS_AT_ONCE <= GROUP_ROWS);
 
 // The mean as rows are rounded with it, and an upper bound of its norm.
 inline float widen_mean(const float* mean, int64_t depth, float* wide) {
@@ -76,14 +78,14 @@ void copy_keys(const CopyArguments& a) {
 struct FewScratch {
   Survivors* rows;
   RoundedQuery* bounds;
-  uint32_t* queries;  // a group
+  uint32_t* queries;  // groups of [quads][GROUP_ROWS], of ROWS_AT_ONCE rows each
   float* masks;  // [FEW_ROWS][BLOCK]
   int32_t* lists;  // [FEW_ROWS][3][capacity]
 
   FewScratch(const Arguments& a, Arena& arena, const SurvivorLimits& limits) {
     rows = arena.take<Survivors>(FEW_ROWS);
     bounds = arena.take<RoundedQuery>(FEW_ROWS);
-    queries = arena.take<uint32_t>(GROUP_ROWS * quads_of(a.depth));
+    queries = arena.take<uint32_t>(rounded_up(FEW_ROWS, ROWS_AT_ONCE) / ROWS_AT_ONCE * GROUP_ROWS * quads_of(a.depth));
     masks = arena.take<float>(FEW_ROWS * BLOCK);
     lists = arena.take<int32_t>(FEW_ROWS * 3 * limits.capacity);
   }
@@ -112,17 +114,11 @@ class FewScan {
       }
       const bool is_masked = facts.change != Change::NONE;
       if (is_masked) a_.before.apply_terms(block, s_.masks, BLOCK, Change::ANY);
-      for (int64_t n = 0; n < count; n += PANEL) {
-        const float* masks = is_masked ? s_.masks + n : nullptr;
-        if (tile_.rows == 1)
-          screen_panel<1>(first + n, count - n, masks);
-        else if (tile_.rows == 2)
-          screen_panel<2>(first + n, count - n, masks);
-        else if (tile_.rows <= 4)
-          screen_panel<4>(first + n, count - n, masks);
-        else
-          screen_panel<FEW_ROWS>(first + n, count - n, masks);
-      }
+      for (int64_t n = 0; n < count; n += PANEL)
+        for (int row = 0; row < tile_.rows; row += ROWS_AT_ONCE)
+          for_few(tile_.rows - row, [&](auto rows) {
+            screen_panel<rows>(row, first + n, count - n, is_masked ? s_.masks + row * BLOCK + n : nullptr);
+          });
       for (int r = 0; r < tile_.rows; r++)
         if (s_.rows[r].lower.count + BLOCK + LANES > limits_.capacity && !make_room(s_.rows[r])) return false;
     }
@@ -132,22 +128,37 @@ class FewScan {
 
  private:
   bool round_queries() {
-    std::fill(s_.queries, s_.queries + GROUP_ROWS * quads_, 0u);
+    std::fill(s_.queries, s_.queries + rounded_up(tile_.rows, ROWS_AT_ONCE) / ROWS_AT_ONCE * GROUP_ROWS * quads_, 0u);
     for (int r = 0; r < FEW_ROWS; r++) s_.bounds[r] = {0, 0, 0, 0};
     for (int r = 0; r < tile_.rows; r++) {
       int32_t* list = s_.lists + r * 3 * limits_.capacity;
       s_.rows[r] = {{list, list + limits_.capacity}, reinterpret_cast<float*>(list + 2 * limits_.capacity)};
       s_.rows[r].lower.clear();
       const Query* row = row_of<Query>(a_.query, tile_.batch, scratch_.positions[r].head, scratch_.positions[r].query);
-      if (!round_query(row, a_.depth, a_.scale < 0 ? -1 : 1, s_.queries, r, s_.bounds[r])) return false;
+      if (!round_query(row, a_.depth, a_.scale < 0 ? -1 : 1, queries_of(r), r % ROWS_AT_ONCE, s_.bounds[r])) return false;
       std::copy(row, row + a_.depth, scratch_.queries + r * a_.depth);
     }
     return true;
   }
 
+  uint32_t* queries_of(int row) const { return s_.queries + row / ROWS_AT_ONCE * GROUP_ROWS * quads_; }
+
+  template <typename Function>
+  static void for_few(int rows, const Function& function) {
+    if (rows == 1)
+      function(std::integral_constant<int, 1>());
+    else if (rows == 2)
+      function(std::integral_constant<int, 2>());
+    else if (rows <= 4)
+      function(std::integral_constant<int, 4>());
+    else
+      function(std::integral_constant<int, ROWS_AT_ONCE>());
+  }
+
+  // The rows from `row` on, with a panel of which `count` keys are looked at.
   template <int ROWS>
-  __attribute__((noinline)) void screen_panel(int64_t first, int64_t count, const float* masks) {
-    const uint32_t* panel = panels_ + first * quads_;
+  __attribute__((noinline)) void screen_panel(int row, int64_t first, int64_t count, const float* masks) {
+    const uint32_t *panel = panels_ + first * quads_, *queries = queries_of(row);
     __m512i sums[ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
@@ -155,7 +166,7 @@ class FewScan {
       const __m512i low = _mm512_loadu_si512(panel + n * PANEL), high = _mm512_loadu_si512(panel + n * PANEL + LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
-        const __m512i query = _mm512_set1_epi32(int(s_.queries[n * GROUP_ROWS + r]));
+        const __m512i query = _mm512_set1_epi32(int(queries[n * GROUP_ROWS + r]));
         sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low, query);
         sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high, query);
       }
@@ -168,18 +179,18 @@ class FewScan {
       if (inside <= 0) break;
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
-        if (r >= tile_.rows) break;
-        const RoundedQuery& query = s_.bounds[r];
+        if (row + r >= tile_.rows) break;
+        const RoundedQuery& query = s_.bounds[row + r];
         const Vec margin = fma(broadcast(query.lost_keys), lost, mul(broadcast(query.left_keys), left));
         const Vec sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][half], _mm512_set1_epi32(query.correction)));
         const Vec upper = fma(sum, step, margin);
-        Survivors& row = s_.rows[r];
-        uint32_t bits = _mm512_cmp_ps_mask(upper, broadcast(row.lower.threshold), _CMP_GE_OQ);
+        Survivors& found = s_.rows[row + r];
+        uint32_t bits = _mm512_cmp_ps_mask(upper, broadcast(found.lower.threshold), _CMP_GE_OQ);
         if (inside < LANES) bits &= (1u << inside) - 1;
         if (masks) bits &= not_less_equal(load(masks + r * BLOCK + half * LANES), broadcast(-INF));
         if (!bits) continue;
-        _mm512_storeu_ps(row.upper + row.lower.count, _mm512_maskz_compress_ps(__mmask16(bits), upper));
-        topk::append(row.lower, _mm512_fmsub_ps(sum, step, margin), bits, first + half * LANES);
+        _mm512_storeu_ps(found.upper + found.lower.count, _mm512_maskz_compress_ps(__mmask16(bits), upper));
+        topk::append(found.lower, _mm512_fmsub_ps(sum, step, margin), bits, first + half * LANES);
       }
     }
   }

@@ -8,7 +8,7 @@ namespace topk {
 namespace {
 
 constexpr int MAX_TILE_ROWS = 96;
-constexpr int FEW_ROWS = 8;  // up to so many rows sharing a key head, the keys are not packed
+constexpr int FEW_ROWS = 16;  // up to so many rows sharing a key head, the keys are not packed: that takes more time then
 
 // The panels of a block of keys, zero beyond the last key; returns their largest squared norm where bounds need it.
 float pack_keys(const Arguments& a, int64_t batch, int64_t head, int64_t first, int64_t count, Factor* panels) {
