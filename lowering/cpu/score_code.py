@@ -356,9 +356,8 @@ class _Lines:
         ]
         needed = {x.index for name in self._needed() for x in self.program.operations[name].operands}
         read = [(index, ELEMENT_TYPES[self.kinds[index].dtype]) for index in sorted(needed - set(self.tables))]
-        for number, (index, element) in enumerate(read):
-            known = f"matrices ? matrices + {number} : nullptr"
-            lines.append(f"const Interval x{index} = interval_of<{element}>(block, {index}, {known});")
+        for index, element in read:
+            lines.append(f"const Interval x{index} = interval_of<{element}>(block, {index}, matrices);")
         for name, value in self.lines:
             interval = value.interval
             for index, element in read:
@@ -383,23 +382,16 @@ class _Lines:
         ]
         lines.append(f"facts.terms = {' + '.join(ends) or '0'};")
         body = "".join(f"  {line}\n" for line in lines)
-        reads = "".join(
-            f"    read_matrix<{element}>(blocks, size, {index}, intervals + {number}, {len(read)});\n"
-            for number, (index, element) in enumerate(read)
-        )
+        parameters = "const Block& block, float largest_product, BlockFacts& facts"
         any_matrix = " || ".join(f"is_matrix(block.operands[{index}])" for index, _ in read) or "false"
         return (
-            "static void bound_one(const Block& block, float largest_product,"
-            f" [[maybe_unused]] const Interval* matrices, BlockFacts& facts) {{\n{body}}}\n"
-            'extern "C" void bound(const Block& block, int64_t size, float largest_product, BlockFacts* facts) {\n'
-            "  const auto one = [&](const Block& part, const Interval* matrices, BlockFacts& found) {\n"
-            "    bound_one(part, largest_product, matrices, found);\n"
-            "  };\n"
-            "  const auto read = []([[maybe_unused]] const Block& blocks, [[maybe_unused]] int64_t size,"
-            " [[maybe_unused]] Interval* intervals) {\n"
-            f"{reads}"
-            "  };\n"
-            f"  bound_blocks<{max(len(read), 1)}>(block, size, facts, {any_matrix}, one, read);\n"
+            f"static void bound_with({parameters}, [[maybe_unused]] Matrices matrices) {{\n{body}}}\n"
+            f'extern "C" void bound({parameters}) {{\n'
+            f"  if ({any_matrix}) {{\n"
+            "    bound_with(block, largest_product, facts, Matrices::UNREAD);\n"
+            "    if (facts.upper == -INF) return;\n"
+            "  }\n"
+            "  bound_with(block, largest_product, facts, Matrices::READ);\n"
             "}"
         )
 

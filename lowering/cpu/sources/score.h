@@ -43,7 +43,7 @@ struct BlockFacts {
 };
 
 struct Program {
-  void (*bound)(const Block&, int64_t size, float largest_product, BlockFacts*);  // of each `size` keys of the block
+  void (*bound)(const Block&, float largest_product, BlockFacts&);
   void (*apply)(const Block&, float* scores, int64_t stride, Change);
   void (*apply_terms)(const Block&, float* terms, int64_t stride, Change);  // of scores of 0; null if it is not affine
   void (*apply_listed)(const Block&, const int32_t* keys, float* scores);  // of one row; or its probabilities
@@ -213,79 +213,31 @@ class Range<BFloat16> : public FloatRange<BFloat16> {};
 template <>
 class Range<Half> : public FloatRange<Half> {};
 
-// Whether an operand has an element for each query and key.
+// Whether an operand has an element for each query and key. To read those of a block takes time, and often other operands
+// tell that the block is masked.
 inline bool is_matrix(const Operand& x) { return x.query_stride && x.key_stride; }
+enum class Matrices { READ, UNREAD };
 
-// Calls with each row of an operand that a block has, from the block's first key on.
-template <typename T, typename Function>
-inline void for_rows_of(const Block& block, const Operand& x, const Function& function) {
-  const T* previous = nullptr;
-  for (int64_t r = 0; r < block.row_count; r++) {
-    const T* row = static_cast<const T*>(x.data) + block.batch * x.batch_stride +
-                   block.rows[r].head * x.head_stride + block.rows[r].query * x.query_stride +
-                   block.first_key * x.key_stride;
-    if (row != previous) function(row);
-    previous = row;
-  }
-}
-
-// The interval of what an operand holds for a block; of a matrix it is `known`, or where that is null whatever it can be.
+// The interval of what an operand holds for a block. Its rows are read side by side, a few cache lines of each at a time:
+// that is quicker than one after the other.
 template <typename T>
-inline Interval interval_of(const Block& block, int operand, const Interval* known) {
+inline Interval interval_of(const Block& block, int operand, Matrices matrices) {
   const Operand& x = block.operands[operand];
-  if (is_matrix(x)) return known ? *known : std::is_same_v<T, bool> ? condition(true, true) : anything();
-  Range<T> range;
-  for_rows_of<T>(block, x, [&](const T* row) { range.meet(row, x.key_stride ? block.key_count : 1, x.key_stride); });
-  return range.interval();
-}
-
-// --- Blocks of `size` keys that follow each other. To read a matrix takes time: it is read only for blocks of which other
-// operands do not tell that they are masked.
-
-constexpr int64_t BLOCKS_AT_ONCE = 64;
-
-inline int64_t blocks_of(const Block& all, int64_t size) { return (all.key_count + size - 1) / size; }
-
-inline Block part_of(const Block& all, int64_t size, int64_t first, int64_t count) {
-  Block part = all;
-  part.first_key += first * size;
-  part.key_count = std::min(all.key_count - first * size, count * size);
-  return part;
-}
-
-// intervals[n * stride] becomes the interval of what a matrix holds for the n-th of up to BLOCKS_AT_ONCE blocks. The rows
-// are read side by side, a few cache lines of each at a time: that is quicker than one after the other.
-template <typename T>
-inline void read_matrix(const Block& all, int64_t size, int operand, Interval* intervals, int64_t stride) {
-  const Operand& x = all.operands[operand];
-  if (!is_matrix(x)) return;
+  if (matrices == Matrices::UNREAD && is_matrix(x)) return std::is_same_v<T, bool> ? condition(true, true) : anything();
   constexpr int64_t PIECE = 256 / int64_t(sizeof(T));
-  for (int64_t n = 0; n * size < all.key_count; n++) {
-    Range<T> range;
-    const int64_t end = std::min((n + 1) * size, all.key_count);
-    for (int64_t first = n * size; first < end; first += PIECE)
-      for_rows_of<T>(all, x, [&](const T* row) {
-        range.meet(row + first * x.key_stride, std::min(PIECE, end - first), x.key_stride);
-      });
-    intervals[n * stride] = range.interval();
+  const int64_t count = x.key_stride ? block.key_count : 1;
+  Range<T> range;
+  for (int64_t first = 0; first < count; first += PIECE) {
+    const T* previous = nullptr;
+    for (int64_t r = 0; r < block.row_count; r++) {
+      const T* row = static_cast<const T*>(x.data) + block.batch * x.batch_stride +
+                     block.rows[r].head * x.head_stride + block.rows[r].query * x.query_stride +
+                     (block.first_key + first) * x.key_stride;
+      if (row != previous) range.meet(row, std::min(PIECE, count - first), x.key_stride);
+      previous = row;
+    }
   }
-}
-
-// facts[n] of the n-th block, by `bound` of one block and the intervals of its OPERANDS operands, which `read` reads.
-template <int OPERANDS, typename Bound, typename Read>
-inline void bound_blocks(const Block& all, int64_t size, BlockFacts* facts, bool has_matrix, const Bound& bound,
-                         const Read& read) {
-  const int64_t count = blocks_of(all, size);
-  for (int64_t n = 0; n < count; n++) bound(part_of(all, size, n, 1), nullptr, facts[n]);
-  if (!has_matrix) return;
-  Interval intervals[BLOCKS_AT_ONCE * OPERANDS];
-  for (int64_t n = 0, end; n < count; n = end) {
-    end = n + 1;
-    if (facts[n].upper == -INF) continue;
-    while (end < std::min(count, n + BLOCKS_AT_ONCE) && facts[end].upper > -INF) end++;
-    read(part_of(all, size, n, end - n), size, intervals);
-    for (int64_t m = n; m < end; m++) bound(part_of(all, size, m, 1), intervals + (m - n) * OPERANDS, facts[m]);
-  }
+  return range.interval();
 }
 
 // The interval of a table, if it is short.

@@ -109,7 +109,7 @@ class FewScan {
       const Block block{a_.operands, tile_.batch, scratch_.positions, tile_.rows, first, count};
       BlockFacts facts{0, Change::NONE};
       if (a_.before.bound) {
-        a_.before.bound(block, BLOCK, INF, &facts);
+        a_.before.bound(block, INF, facts);
         if (facts.upper == -INF) continue;
       }
       const bool is_masked = facts.change != Change::NONE;

@@ -130,7 +130,7 @@ class ScreenScan {
     const bool asks_for_tile = a_.before.bound && !reads_matrix(a_);
     for (int64_t first = 0; first < a_.keys; first += CHUNK) {
       BlockFacts facts{0, a_.before.bound ? Change::ANY : Change::NONE, 0};
-      if (asks_for_tile) a_.before.bound(block_of(first, 0, tile_.rows), CHUNK, 0, &facts);
+      if (asks_for_tile) a_.before.bound(block_of(first, 0, tile_.rows), 0, facts);
       if (facts.upper == -INF) continue;
       s_.chunks[chunk_count_] = int32_t(first);
       s_.changes[chunk_count_++] = facts.change;
@@ -203,19 +203,14 @@ class ScreenScan {
 
   BlockFacts* facts_of(int row) const { return s_.facts + row / GROUP_ROWS * (s_.stride / CHUNK); }
 
-  // What is known of a group and each chunk. The program is asked for chunks that follow each other at a time.
+  // What is known of a group and each chunk.
   void find_facts(int row, float largest) const {
     BlockFacts* facts = facts_of(row);
-    for (int n = 0, end; n < chunk_count_; n = end) {
-      end = n + 1;
+    for (int n = 0; n < chunk_count_; n++) {
       facts[n] = {largest, s_.changes[n], 0};
       if (s_.changes[n] == Change::NONE) continue;
-      while (end < chunk_count_ && s_.changes[end] != Change::NONE && s_.chunks[end] == s_.chunks[end - 1] + CHUNK) end++;
-      Block block = block_of(s_.chunks[n], row, std::min(GROUP_ROWS, tile_.rows - row));
-      block.key_count = std::min<int64_t>((end - n) * CHUNK, a_.keys - block.first_key);
-      a_.before.bound(block, CHUNK, largest, facts + n);
-      for (; a_.affine.cap && n < end; n++)  // the terms of what is capped are its masks and fills
-        if (facts[n].change == Change::WITHOUT_MASKS) facts[n].change = Change::NONE;
+      a_.before.bound(block_of(s_.chunks[n], row, std::min(GROUP_ROWS, tile_.rows - row)), largest, facts[n]);
+      if (a_.affine.cap && facts[n].change == Change::WITHOUT_MASKS) facts[n].change = Change::NONE;  // of the terms
     }
   }
 

@@ -84,7 +84,7 @@ bool is_below(const BlockFacts& facts, const Candidates* rows, int64_t row_count
 bool can_skip(const Arguments& a, const Block& block, const Candidates* rows, float largest_product, BlockFacts& facts) {
   facts = {std::numeric_limits<double>::infinity(), Change::NONE};
   if (!a.before.bound) return false;
-  a.before.bound(block, BLOCK, largest_product, &facts);
+  a.before.bound(block, largest_product, facts);
   return is_below(facts, rows, block.row_count);
 }
 
@@ -150,16 +150,14 @@ class TileScan {
     return can_skip(a_, block_of(first, row, rows), s_.candidates + row, largest, facts);
   }
 
-  // What is known of each group and the next blocks, where it is read: many keys of a row at a time.
+  // What is known of each group and the next blocks, where it is read: many keys of a row, before those of other rows.
   void look_ahead(int64_t first) {
-    const int64_t end = std::min<int64_t>(first + AHEAD * BLOCK, a_.keys);
-    float key_norm = 0;
-    for (int64_t n = first; n < end; n += BLOCK) key_norm = std::max(key_norm, keys_.norm_of(n));
     for (int row = 0; row < tile_.rows; row += GROUP_ROWS) {
-      Block blocks = block_of(first, row, std::min(GROUP_ROWS, tile_.rows - row));
-      blocks.key_count = end - first;
-      const float largest = product_bound(a_, s_.norms + row, int(blocks.row_count), key_norm);
-      a_.before.bound(blocks, BLOCK, largest, ahead_[row / GROUP_ROWS]);
+      const int rows = std::min(GROUP_ROWS, tile_.rows - row);
+      for (int64_t n = 0; n < AHEAD && first + n * BLOCK < a_.keys; n++) {
+        const float largest = product_bound(a_, s_.norms + row, rows, keys_.norm_of(first + n * BLOCK));
+        a_.before.bound(block_of(first + n * BLOCK, row, rows), largest, ahead_[row / GROUP_ROWS][n]);
+      }
     }
   }
 
