@@ -25,7 +25,12 @@ _LONGEST = 2**30 - 1
 
 
 class _Operand(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("size", ctypes.c_int64))
+    """`Operand` of score.h; whoever finds ranges of it says so there."""
+
+    _fields_ = (
+        *(("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("size", ctypes.c_int64)),
+        ("ranges", ctypes.c_void_p),
+    )
 
 
 class _Program(ctypes.Structure):

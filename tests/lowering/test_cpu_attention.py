@@ -117,12 +117,19 @@ def test_there_is_room_for_all_candidates_where_masked_blocks_precede_others(ins
 )
 def test_operands_read_for_many_blocks_belong_to_their_block(score, other, dtype, instructions):
     """Blocks that are masked, and blocks of which much is known, stand among those of which nothing is."""
-    query, key, value = integers(1, 2, 30, 16), integers(1, 2, 3000, 16), torch.randn(1, 2, 3000, 16)
-    blocks = torch.randint(0, 3, (1, 2, 3, 24)).repeat_interleave(10, 2).repeat_interleave(128, 3)[..., :3000]
-    is_other = (blocks == 0) | ((blocks == 1) & (torch.randint(0, 2, blocks.shape) == 1))
-    operand = torch.where(is_other, torch.tensor(other), torch.tensor(True if dtype is torch.bool else 0.0)).to(dtype)
-    for layout in (operand, operand.mT.contiguous().mT):
-        check(query, key, value, score, [layout], k=9, is_exact=True)
+    query, key, value = integers(2, 4, 30, 16), integers(2, 2, 3000, 16), torch.randn(2, 2, 3000, 16)
+    for batch, heads in ((2, 4), (2, 1), (1, 1)):
+        blocks = (
+            torch.randint(0, 3, (batch, heads, 3, 24)).repeat_interleave(10, 2).repeat_interleave(128, 3)[..., :3000]
+        )
+        is_other = (blocks == 0) | ((blocks == 1) & (torch.randint(0, 2, blocks.shape) == 1))
+        operand = torch.where(is_other, torch.tensor(other), torch.tensor(True if dtype is torch.bool else 0.0)).to(
+            dtype
+        )
+        if dtype.is_floating_point:
+            operand[0, 0, 25, 1400] = NAN
+        for layout in (operand, operand.mT.contiguous().mT):
+            check(query, key, value, score, [layout], k=9, is_exact=True)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])

@@ -20,6 +20,7 @@
 #include "kept_keys.h"
 #include "screened_keys.h"
 #include "screened_prefill.h"
+#include "shared_matrices.h"
 
 namespace topk {
 namespace {
@@ -210,13 +211,16 @@ extern "C" int64_t attention_forward(const topk::ForwardArguments* arguments) {
     const bool is_few = arguments->heads / arguments->key_heads * arguments->queries <= topk::FEW_ROWS;
     if (is_few) {
       topk::decode(*arguments);
-#if defined(TOPK_AVX512_VNNI)
-    } else if (arguments->screens && topk::can_screen(arguments->depth, arguments->scale)) {
-      topk::ScreenedPrefill(*arguments).run();
-#endif
-    } else {
-      topk::prefill(*arguments);
+      return 0;
     }
+    const topk::SharedMatrices shared(*arguments);
+#if defined(TOPK_AVX512_VNNI)
+    if (arguments->screens && topk::can_screen(arguments->depth, arguments->scale)) {
+      topk::ScreenedPrefill(shared.arguments()).run();
+      return 0;
+    }
+#endif
+    topk::prefill(shared.arguments());
   } catch (const std::bad_alloc&) {
     return 1;
   }

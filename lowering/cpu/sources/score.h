@@ -15,11 +15,14 @@
 
 namespace topk {
 
+struct Ranges;
+
 // A tensor [B|1, H|1, Lq|1, Lk|1], or a table [B|1, H|1, 1, N]. Strides are in elements, 0 along axes of size 1.
 struct Operand {
   const void* data;
   int64_t batch_stride, head_stride, query_stride, key_stride;
   int64_t size;  // of the last axis
+  const Ranges* ranges;  // or null
 };
 
 struct RowPosition {
@@ -218,26 +221,80 @@ class Range<Half> : public FloatRange<Half> {};
 inline bool is_matrix(const Operand& x) { return x.query_stride && x.key_stride; }
 enum class Matrices { READ, UNREAD };
 
-// The interval of what an operand holds for a block. Its rows are read side by side, a few cache lines of each at a time:
-// that is quicker than one after the other.
-template <typename T>
-inline Interval interval_of(const Block& block, int operand, Matrices matrices) {
-  const Operand& x = block.operands[operand];
-  if (matrices == Matrices::UNREAD && is_matrix(x)) return std::is_same_v<T, bool> ? condition(true, true) : anything();
+// The interval of elements of some rows. They are read side by side, a few cache lines of each at a time: that is quicker
+// than one after the other.
+template <typename T, typename RowAt>
+inline Interval interval_of_rows(int64_t rows, const RowAt& row_at, int64_t count, int64_t stride) {
   constexpr int64_t PIECE = 256 / int64_t(sizeof(T));
-  const int64_t count = x.key_stride ? block.key_count : 1;
   Range<T> range;
   for (int64_t first = 0; first < count; first += PIECE) {
     const T* previous = nullptr;
-    for (int64_t r = 0; r < block.row_count; r++) {
-      const T* row = static_cast<const T*>(x.data) + block.batch * x.batch_stride +
-                     block.rows[r].head * x.head_stride + block.rows[r].query * x.query_stride +
-                     (block.first_key + first) * x.key_stride;
-      if (row != previous) range.meet(row, std::min(PIECE, count - first), x.key_stride);
+    for (int64_t r = 0; r < rows; r++) {
+      const T* row = row_at(r);
+      if (row != previous) range.meet(row + first * stride, std::min(PIECE, count - first), stride);
       previous = row;
     }
   }
   return range.interval();
+}
+
+// What is known of a matrix: the interval of each BAND queries by RANGE_KEYS keys that was asked for. Heads that share the
+// matrix share these, so that it is read once for all of them. Any thread may find one, as all find the same.
+constexpr int64_t BAND = 12, RANGE_KEYS = 128;
+
+struct Ranges {
+  uint64_t* ends;  // [B|1][bands][blocks of keys]: two floats, or 0 if it was not asked for
+  int64_t batch_stride, band_stride, queries, keys;
+};
+
+template <typename T>
+inline Interval range_of(const Operand& x, int64_t batch, int64_t band, int64_t number) {
+  const Ranges& known = *x.ranges;
+  uint64_t* cell = known.ends + batch * known.batch_stride + band * known.band_stride + number;
+  uint64_t bits = ~__atomic_load_n(cell, __ATOMIC_RELAXED);
+  if (bits == ~uint64_t(0)) {
+    const T* corner = static_cast<const T*>(x.data) + batch * x.batch_stride + band * BAND * x.query_stride +
+                      number * RANGE_KEYS * x.key_stride;
+    const Interval found = interval_of_rows<T>(
+        std::min(BAND, known.queries - band * BAND), [&](int64_t r) { return corner + r * x.query_stride; },
+        std::min(RANGE_KEYS, known.keys - number * RANGE_KEYS), x.key_stride);
+    // Not the bits of a NaN that would make the cell 0.
+    const float low = found.has_nan ? std::numeric_limits<float>::quiet_NaN() : float(found.low);
+    bits = uint64_t(bit_cast<uint32_t>(low)) << 32 | bit_cast<uint32_t>(float(found.high));
+    __atomic_store_n(cell, ~bits, __ATOMIC_RELAXED);
+  }
+  const float low = bit_cast<float>(uint32_t(bits >> 32)), high = bit_cast<float>(uint32_t(bits));
+  return low != low ? anything() : Interval{double(low), double(high)};
+}
+
+// Of the queries of whole bands: an interval that may be larger.
+template <typename T>
+inline Interval interval_by_ranges(const Block& block, const Operand& x) {
+  Interval found{INF, -INF};
+  int64_t previous = -1;
+  for (int64_t r = 0; r < block.row_count; r++) {
+    const int64_t band = block.rows[r].query / BAND;
+    if (band == previous) continue;
+    previous = band;
+    for (int64_t n = block.first_key / RANGE_KEYS; n * RANGE_KEYS < block.first_key + block.key_count; n++)
+      found = unite(found, range_of<T>(x, block.batch, band, n));
+  }
+  return found;
+}
+
+// The interval of what an operand holds for a block.
+template <typename T>
+inline Interval interval_of(const Block& block, int operand, Matrices matrices) {
+  const Operand& x = block.operands[operand];
+  if (matrices == Matrices::UNREAD && is_matrix(x)) return std::is_same_v<T, bool> ? condition(true, true) : anything();
+  if (x.ranges && (std::is_same_v<T, bool> || !std::is_integral_v<T>)) return interval_by_ranges<T>(block, x);
+  return interval_of_rows<T>(
+      block.row_count,
+      [&](int64_t r) {
+        return static_cast<const T*>(x.data) + block.batch * x.batch_stride + block.rows[r].head * x.head_stride +
+               block.rows[r].query * x.query_stride + block.first_key * x.key_stride;
+      },
+      x.key_stride ? block.key_count : 1, x.key_stride);
 }
 
 // The interval of a table, if it is short.

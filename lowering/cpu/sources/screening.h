@@ -78,6 +78,23 @@ inline __attribute__((noinline)) int find_threshold(const int16_t* maxima, int64
   return low;
 }
 
+// Keys whose scores the program changes: some ranges of them, the last of which may hold others.
+struct ChangedKeys {
+  static constexpr int MOST = 4;
+  struct {
+    int32_t first, end;
+  } ranges[MOST];
+  int count;
+
+  void add(int32_t first, int32_t end) {
+    if (count && (count == MOST || ranges[count - 1].end == first)) {
+      ranges[count - 1].end = end;
+    } else {
+      ranges[count++] = {first, end};
+    }
+  }
+};
+
 struct ScreenScratch {
   int64_t stride;  // of bounds
   int64_t max_panels;  // of maxima: the panels with numbers n, n + max_panels ... have the same
@@ -85,6 +102,7 @@ struct ScreenScratch {
   int32_t* chunks;  // [stride / CHUNK]: the first key of each chunk that has bounds
   Change* changes;  // [stride / CHUNK]: what the program may do to a chunk's scores
   BlockFacts* facts;  // [groups][stride / CHUNK], of the same
+  ChangedKeys* changed;  // [groups]
   bool* is_left;  // to a scan of all scores
   float *scales, *lost_keys, *left_keys;  // of the rows, of a product of integers in units of a row, and of its margin
   float *units, *roundings;  // of the rows: a score, and the rounding of terms, in units of a row
@@ -103,6 +121,7 @@ struct ScreenScratch {
     chunks = arena.take<int32_t>(stride / CHUNK);
     changes = arena.take<Change>(stride / CHUNK);
     facts = arena.take<BlockFacts>(stride / CHUNK * (tile_rows / GROUP_ROWS));
+    changed = arena.take<ChangedKeys>(tile_rows / GROUP_ROWS);
     is_left = arena.take<bool>(tile_rows);
     for (float** x : {&scales, &lost_keys, &left_keys, &units, &roundings, &anchors})
       *x = arena.take<float>(tile_rows + LANES);
@@ -136,10 +155,12 @@ class ScreenScan {
       s_.changes[chunk_count_++] = facts.change;
     }
     for (int row = 0; row < tile_.rows; row += GROUP_ROWS) {
-      if (a_.affine.only_masks)
+      if (a_.affine.only_masks) {
         find_facts(row, 0);
-      else
-        anchor_group(row);
+        continue;
+      }
+      anchor_group(row);
+      find_changed(row);
     }
     for (int n = 0; n < chunk_count_; n++)
       for (int row = 0; row < tile_.rows; row += GROUP_ROWS) bound_group(n, row);
@@ -212,6 +233,15 @@ class ScreenScan {
       a_.before.bound(block_of(s_.chunks[n], row, std::min(GROUP_ROWS, tile_.rows - row)), largest, facts[n]);
       if (a_.affine.cap && facts[n].change == Change::WITHOUT_MASKS) facts[n].change = Change::NONE;  // of the terms
     }
+  }
+
+  void find_changed(int row) {
+    const BlockFacts* facts = facts_of(row);
+    ChangedKeys& changed = s_.changed[row / GROUP_ROWS];
+    changed.count = 0;
+    for (int n = 0; n < chunk_count_; n++)
+      if (a_.affine.cap || (facts[n].upper > -INF && facts[n].change != Change::NONE))
+        changed.add(s_.chunks[n], s_.chunks[n] + CHUNK);
   }
 
   // Units of scores, anchors and roundings of a group's rows, and which chunks are too low for all of them.
@@ -440,9 +470,20 @@ class ScreenScan {
       const auto key_at = [&](int lane) { return row_at(n + lane); };
       store(reinterpret_cast<float*>(found.scores + n), mul(dots(query, key_at, a_.depth), broadcast(float(a_.scale))));
     }
-    if (a_.affine.only_masks) return;
-    const Block block{a_.operands, tile_.batch, scratch_.positions + row, 1, 0, found.count};
-    a_.before.apply_listed(block, found.indices, reinterpret_cast<float*>(found.scores));
+    if (!a_.affine.only_masks) apply(row, found);
+  }
+
+  // The program on the scores that it changes: what it reads for others may be far away.
+  void apply(int row, Candidates& found) const {
+    const ChangedKeys& changed = s_.changed[row / GROUP_ROWS];
+    int32_t *keys = found.indices, *last = found.indices + found.count;
+    for (int n = 0; n < changed.count; n++) {
+      keys = std::lower_bound(keys, last, changed.ranges[n].first);
+      int32_t* end = std::lower_bound(keys, last, changed.ranges[n].end);
+      const Block block{a_.operands, tile_.batch, scratch_.positions + row, 1, 0, end - keys};
+      a_.before.apply_listed(block, keys, reinterpret_cast<float*>(found.scores + (keys - found.indices)));
+      keys = end;
+    }
   }
 
   const Arguments& a_;
