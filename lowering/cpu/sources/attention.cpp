@@ -41,6 +41,8 @@ void multiply_few(const Arguments& a, int64_t batch, int64_t head, int64_t first
       for (int i = 0; i < rows_at_once; i++) store(scores + (r + i) * BLOCK + begin, mul(found[i], scale));
     };
     int r = 0;
+    if (a.depth <= 4 * DOT_COLUMNS<Query>)  // whose vectors stay in registers
+      for (; r + 4 <= rows; r += 4) multiply(std::integral_constant<int, 4>(), r);
     for (; r + 2 <= rows; r += 2) multiply(std::integral_constant<int, 2>(), r);
     if (r < rows) multiply(std::integral_constant<int, 1>(), r);
   }

@@ -76,7 +76,7 @@ inline void add_products(const T* x, int64_t x_stride, const RowAt& row_at, int6
                          Vec (&products)[COUNT][LANES]) {
   constexpr int STEP = DOT_COLUMNS<T>;
   decltype(load_factors(x)) factors[COUNT][VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
     for (int c = 0; c < VECTORS; c++) factors[i][c] = load_factors(x + i * x_stride + column + c * STEP);
@@ -84,15 +84,15 @@ inline void add_products(const T* x, int64_t x_stride, const RowAt& row_at, int6
   for (int n = 0; n < LANES; n++) {
     const T* row = row_at(n) + column;
     Vec sums[COUNT];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) sums[i] = products[i][n];
 #pragma GCC unroll 8
     for (int c = 0; c < VECTORS; c++) {
       const auto factor = load_factors(row + c * STEP);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int i = 0; i < COUNT; i++) sums[i] = add_product(factor, factors[i][c], sums[i]);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) products[i][n] = sums[i];
   }
 }
@@ -101,7 +101,7 @@ inline void add_products(const T* x, int64_t x_stride, const RowAt& row_at, int6
 // what was stored just now waits for all that came before.
 template <int COUNT, typename T, typename RowAt>
 void dots(const T* x, int64_t x_stride, const RowAt& row_at, int64_t columns, Vec (&results)[COUNT]) {
-  constexpr int STEP = DOT_COLUMNS<T>, MOST = LANES >= 16 ? 8 : 4;
+  constexpr int STEP = DOT_COLUMNS<T>, MOST = (LANES >= 16 ? 8 : 4) / (COUNT > 2 ? 2 : 1);
   Vec products[COUNT][LANES];
   for (int i = 0; i < COUNT; i++)
     for (int n = 0; n < LANES; n++) products[i][n] = zero();
